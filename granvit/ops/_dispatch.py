@@ -1,0 +1,128 @@
+"""Which implementation of an op runs, and why another cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from granvit._extension import EXTENSION
+
+IMPLS = ("cuda", "triton", "cpu", "reference")
+# In the order in which impl=None tries them, for a device type.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_VALUE_ERROR = "granvit value error: "  # csrc/cpu/host.h
+
+# Read once: reading the environment inside a compiled graph would not be traced.
+DEFAULT_IMPL = os.environ.get("GRANVIT_IMPL") or None
+CHECK_VALUES = os.environ.get("GRANVIT_CHECK") == "1"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether the C++ libraries registered a kernel of ``granvit::<op>`` under a dispatch key."""
+    name = f"granvit::{op}"
+    return hasattr(torch.ops.granvit, op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def unavailable(op: str, impl: str, device_type: str) -> str | None:
+    """Why `impl` of `op` cannot run on a device type, or None where it can."""
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        if device_type != "cpu":
+            return f"it runs on CPU tensors, not on {device_type}"
+        return None if has_kernel(op, "CPU") else EXTENSION.core_reason
+    if device_type != "cuda":
+        return f"it runs on CUDA tensors, not on {device_type}"
+    if impl == "cuda":
+        if not EXTENSION.cuda:
+            return EXTENSION.cuda_reason
+        return None if has_kernel(op, "CUDA") else f"this version has no CUDA kernel for {op}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    found = importlib.util.find_spec(f"granvit.kernels.{op}")
+    return None if found else f"this version has no Triton kernel for {op}"
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, impl: str | None, device_type: str) -> str:
+    """The implementation to run: the one asked for, or the best that can run.
+
+    Raises:
+        ValueError: `impl` (or GRANVIT_IMPL) is not the name of an implementation.
+        RuntimeError: the one asked for cannot run here.
+    """
+    source = "impl"
+    if impl is None and DEFAULT_IMPL is not None:
+        impl, source = DEFAULT_IMPL, "GRANVIT_IMPL"
+    if impl is not None:
+        if impl not in IMPLS:
+            raise ValueError(f"{op}: {source}: expected one of {', '.join(IMPLS)}, got {impl!r}")
+        reason = unavailable(op, impl, device_type)
+        if reason is not None:
+            raise RuntimeError(f"{op}: {source}={impl!r} cannot run: {reason}")
+        return impl
+    for candidate in _PREFERENCE.get(device_type, ("reference",)):
+        if unavailable(op, candidate, device_type) is None:
+            if candidate == "reference":
+                _say_once(op, device_type)
+            return candidate
+    raise AssertionError("the reference runs everywhere")
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say_once(op: str, device_type: str) -> None:
+    if (op, device_type) in _said:
+        return
+    _said.add((op, device_type))
+    impls = _PREFERENCE.get(device_type, ("reference",))
+    reasons = [f"{impl}: {unavailable(op, impl, device_type)}" for impl in impls if impl != "reference"]
+    why = "; ".join(reasons) or f"there are no kernels for {device_type}"
+    warnings.warn(f"granvit: {op} runs as plain PyTorch on {device_type} tensors ({why})", stacklevel=4)
+
+
+def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls a registered op; a value that its kernel rejects becomes a ValueError."""
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith(_VALUE_ERROR):
+            raise ValueError(text.removeprefix(_VALUE_ERROR)) from None
+        raise
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raises where a backward is itself being recorded: no kernel for its derivative exists, and zero would be wrong."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: the gradient of its gradient is not implemented; impl='reference' is differentiable twice"
+        )
+
+
+def refuse_vmap(op: str) -> None:
+    """Makes ``torch.func.vmap`` over ``granvit::<op>`` one clear error."""
+
+    def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{op}: torch.func.vmap is not supported; pass the regions of all images in one call, with image_index"
+        )
+
+    torch.library.register_vmap(f"granvit::{op}", rule)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
