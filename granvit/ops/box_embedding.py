@@ -91,9 +91,7 @@ def _same_dtype(name: str, t: object, w1: Tensor) -> None:
         raise _checks.wrong_type(_OP, name, f"a tensor of {str(w1.dtype).removeprefix('torch.')} like w1", t)
 
 
-def _check_target(
-    boxes: Tensor, w2: Tensor, out: Tensor | None, index: Tensor | None, inplace: bool
-) -> Tensor | None:
+def _check_target(boxes: Tensor, w2: Tensor, out: Tensor | None, index: Tensor | None, inplace: bool) -> Tensor | None:
     """Checks where the tokens go; returns `index` as int64."""
     if out is None:
         if index is not None:
@@ -134,9 +132,7 @@ def _check_values(boxes: Tensor, out: Tensor | None, index: Tensor | None) -> No
     inside = (index >= 0) & (index < out.shape[0])
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
-        raise ValueError(
-            f"{_OP}: index: expected values in [0, {out.shape[0]}), got {int(index[row])} in row {row}"
-        )
+        raise ValueError(f"{_OP}: index: expected values in [0, {out.shape[0]}), got {int(index[row])} in row {row}")
     rows, times = index.unique(return_counts=True)
     if not bool((times == 1).all()):
         raise ValueError(f"{_OP}: index: expected no row twice, got {int(rows[times > 1][0])} more than once")
