@@ -1,4 +1,4 @@
-"""box_embedding: boxes as tokens of a sequence, written in place; "full" is functional and adds the weights' gradients."""
+"""box_embedding: boxes as tokens, written into a sequence in place; "full" copies it, and adds weight gradients."""
 
 from collections.abc import Callable
 

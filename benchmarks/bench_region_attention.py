@@ -1,4 +1,4 @@
-"""region_attention: queries of each region over the tokens under its box; "full" adds gradients of query, key and value."""
+"""region_attention: queries of each region over the tokens under its box; "full" adds the three gradients."""
 
 from collections.abc import Callable
 

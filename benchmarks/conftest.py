@@ -19,9 +19,13 @@ FIELDS = ("workload", "dtype", "mode", "provider", "turn")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("granvit")
     group.addoption("--suite", default="smoke", choices=sorted(workloads.SUITES), help="what to measure")
-    group.addoption("--dtype", action="append", choices=sorted(workloads.DTYPES), help="only this dtype; may be repeated")
+    group.addoption(
+        "--dtype", action="append", choices=sorted(workloads.DTYPES), help="only this dtype; may be repeated"
+    )
     group.addoption("--device", default=None, help="cpu or cuda; default: the suite's, else cuda where there is one")
-    group.addoption("--events", type=Path, default=None, help="append one JSON line for every case, as it starts and ends")
+    group.addoption(
+        "--events", type=Path, default=None, help="append one JSON line for every case, as it starts and ends"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -33,13 +37,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _cases(op: Op, suite: workloads.Suite, config: pytest.Config) -> Iterator[tuple[str, str, str, str, int]]:
-    only = config.getoption("--dtype")
+    only, device = config.getoption("--dtype"), _device(config)
     seen = set()
     for selection in (s for s in suite.selections if s.op == op.name):
         providers = [
             p.name
             for p in op.providers
-            if p.name not in selection.leave_out and (p.sweep or not p.stock or not selection.sweep)
+            if p.name not in selection.leave_out
+            and (p.sweep or not p.stock or not selection.sweep)
+            and (p.impl is None or device.type == "cuda")
         ]
         for workload in selection.workloads:
             for dtype in (d for d in selection.dtypes if not only or d in only):

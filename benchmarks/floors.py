@@ -1,8 +1,8 @@
 """The least that an op can cost: bytes that must move, and arithmetic that must happen.
 
-A floor counts a token once, however many boxes see it, and only if one does; results and gradients are written once, zeros
-included. In "full" mode forward and backward are two calls with foreign work between them, so what the backward needs is
-read again, except where the op's forward already produces the gradient (region_distill).
+A floor counts a token once, however many boxes see it, and only if one does; results and gradients are written once,
+zeros included. In "full" mode forward and backward are two calls with foreign work between them, so what the backward
+needs is read again, except where the op's forward already produces the gradient (region_distill).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def region_attention(workload: Regions, dtype: torch.dtype, mode: str) -> Floor:
 
 
 def box_embedding(workload: Boxes, dtype: torch.dtype, mode: str) -> Floor:
-    """Weights read, tokens written; training copies the sequence, reads the tokens' gradients and writes the weights'."""
+    """Weights read, tokens written; training copies the sequence and computes the gradients of all weights."""
     features = 2 * workload.frequencies
     count, hidden, width = workload.boxes, workload.hidden, workload.width
     weights = (features * hidden + hidden + hidden * width + width) * dtype.itemsize

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Floor
-from benchmarks.machine import PeakMemory, synchronize
+from benchmarks.machine import PeakMemory
 from benchmarks.providers import Provider, Setting
 from benchmarks.workloads import DTYPES, Workload, find
 from granvit.ops import _dispatch
 
-# How far a peer may be from the exact result, as a share of the largest exact value: enough to tell rounding from another
-# function. Ours has a much tighter budget, see Group.match.
+# How far a peer may be from the exact result, as a share of the largest exact value: enough to tell rounding from
+# another function. Ours has a much tighter budget, see Group.match.
 PEER_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-10}
 MAX_SAMPLES = 50
 GRAPH_SAMPLES = 50
+PLANNING_SECONDS = 0.1
 FLUSH_BYTES = 1 << 28  # more than any GPU's last-level cache
 
 
@@ -122,11 +123,11 @@ class Group:
         del results
         memory = PeakMemory(self.device)
         peak = memory.of(call) if memory.unavailable() is None else None
-        synchronize(self.device)
-        start = time.perf_counter()
-        call()
-        synchronize(self.device)
-        return Entry(call, time.perf_counter() - start, match, error, peak)
+        # The fastest of a few calls plans the number of samples; a slow provider is not called more often than that.
+        spent = [timed(call, self.device)]
+        while sum(spent) < PLANNING_SECONDS and len(spent) < 5:
+            spent.append(timed(call, self.device))
+        return Entry(call, min(spent), match, error, peak)
 
     def _try(self, provider: Provider, call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The results of a peer, or the reason why it has none. What ours raises is an error."""
@@ -192,12 +193,10 @@ class Group:
         for i, (result, exact) in enumerate(zip(results, self._exact, strict=True)):
             worst = _worst(result, exact)
             share = max(share, worst / max(float(exact.abs().max()), 1e-300))
-            right &= self._close(result, exact) if provider.stock else _within(result, exact, self._allowed[i], self.dtype)
+            right &= (
+                self._close(result, exact) if provider.stock else _within(result, exact, self._allowed[i], self.dtype)
+            )
         return right, share
-
-    def time(self, entry: Entry) -> float:
-        """Seconds of one call. On a GPU between events, with a cold cache."""
-        return timed(entry.call, self.device)
 
     def replay(self, entry: Entry) -> None:
         """Samples of the call as a replayed CUDA graph, once a group: without the host's share."""
@@ -241,7 +240,7 @@ _flush: dict[torch.device, Tensor] = {}
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Seconds of one call. On a GPU between events, with a cold cache."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -271,7 +270,7 @@ def _capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 class Clock:
-    """pytest-benchmark's timer: stands still but for the time that `advance` adds, so that samples come from `timed`."""
+    """pytest-benchmark's timer: stands still but for what `advance` adds, so that samples come from `timed`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -289,7 +288,9 @@ CLOCK = Clock()
 class Session:
     """Keeps the group at hand and what was left out; one for a pytest run."""
 
-    def __init__(self, device: torch.device, passes: int, seconds: float, bandwidth: float, rates: dict[str, float]) -> None:
+    def __init__(
+        self, device: torch.device, passes: int, seconds: float, bandwidth: float, rates: dict[str, float]
+    ) -> None:
         self.device, self.passes, self.seconds = device, passes, seconds
         self.bandwidth, self.rates = bandwidth, rates
         self.skipped: dict[tuple[str, ...], str] = {}
@@ -322,7 +323,11 @@ class Session:
         group.replay(entry)
         benchmark.extra_info.update(self._facts(op, group, chosen, entry), workload=workload, dtype=dtype, mode=mode)
         rounds = min(MAX_SAMPLES, max(1, int(self.seconds / max(entry.seconds, 1e-9))))
-        benchmark.pedantic(lambda: CLOCK.advance(group.time(entry)), rounds=rounds, warmup_rounds=0)
+        try:
+            benchmark.pedantic(lambda: CLOCK.advance(timed(entry.call, self.device)), rounds=rounds, warmup_rounds=0)
+        except KeyboardInterrupt:
+            benchmark.has_error = True  # leaves this case out of the JSON, and keeps the finished ones in
+            raise
 
     def _facts(self, op: Op, group: Group, provider: Provider, entry: Entry) -> dict[str, Any]:
         workload = group.workload

@@ -60,7 +60,9 @@ class Regions:
         start = (1 - size) * share[:, 2:]
         return torch.cat([start, start + size], 1), torch.arange(self.images).repeat_interleave(self.boxes)
 
-    def tokens(self, rows: int, grid: tuple[int, int], dtype: torch.dtype, device: torch.device, *, salt: int) -> Tensor:
+    def tokens(
+        self, rows: int, grid: tuple[int, int], dtype: torch.dtype, device: torch.device, *, salt: int
+    ) -> Tensor:
         """Normal values (rows, H*W, C), the same ones in every run on every device; `salt` tells tensors apart."""
         generator = torch.Generator().manual_seed(SEED + salt)
         return torch.randn(rows, math.prod(grid), self.channels, generator=generator).to(device, dtype)
@@ -68,7 +70,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Box tokens: `boxes` boxes through `frequencies` Fourier frequencies and two layers, into a sequence of 2 R tokens."""
+    """Box tokens: R boxes through Fourier features and two layers, into a sequence of 2 R tokens."""
 
     name: str
     boxes: int
@@ -196,7 +198,9 @@ SUITES = {
         (
             *(Selection(op, ("paper", "page", "page256"), _BF16) for op in ("roi_align", "region_distill")),
             Selection(
-                "region_attention", tuple(f"{name}.q{queries}" for name in ("paper", "page") for queries in _QUERIES), _BF16
+                "region_attention",
+                tuple(f"{name}.q{queries}" for name in ("paper", "page") for queries in _QUERIES),
+                _BF16,
             ),
             Selection("box_embedding", ("R96", "R4096", "R65536"), _BF16),
             *_sweeps(_BF16),
@@ -206,7 +210,11 @@ SUITES = {
     ),
     "smoke": Suite(
         tuple(
-            Selection(op, ("tiny",), leave_out=("torchvision_compiled", "einsum_compiled", "separable_compiled", "eager_compiled", "flex"))
+            Selection(
+                op,
+                ("tiny",),
+                leave_out=("torchvision_compiled", "einsum_compiled", "separable_compiled", "eager_compiled", "flex"),
+            )
             for op in ("roi_align", "region_distill", "region_attention", "box_embedding")
         ),
         passes=2,

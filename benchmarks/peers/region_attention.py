@@ -48,7 +48,9 @@ def sdpa_mask(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_in
     return out.transpose(1, 2).reshape(query.shape)
 
 
-def gather_padded(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair) -> Tensor:
+def gather_padded(
+    query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair
+) -> Tensor:
     """The covered tokens of every region, padded to the largest region, under a mask."""
     cover = log_cover(boxes, grid_size)
     longest = int((cover > -torch.inf).sum(1).max())
@@ -62,7 +64,7 @@ def gather_padded(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, imag
 
 
 def _gather(key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair) -> tuple[Tensor, ...]:
-    """Covered keys and values (N, heads, dim) region after region, their log coverage (N,), and tokens a region (R,)."""
+    """Covered keys and values (N, heads, dim) region after region, their log coverage (N,), tokens a region (R,)."""
     cover = log_cover(boxes, grid_size)
     region, cell = (cover > -torch.inf).nonzero(as_tuple=True)
     rows = cell + image_index[region] * key.shape[1]
@@ -70,13 +72,13 @@ def _gather(key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid
     return key.flatten(0, 1)[rows], value.flatten(0, 1)[rows], cover[region, cell], counts
 
 
-def gather_loop(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair) -> Tensor:
+def gather_loop(
+    query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair
+) -> Tensor:
     """The covered tokens of every region, one attention call a region."""
     k, v, cover, counts = _gather(key, value, boxes, image_index, grid_size)
     sizes = counts.tolist()
-    parts = zip(
-        query.split(1), k.split(sizes), v.split(sizes), cover.to(query.dtype).split(sizes), strict=True
-    )
+    parts = zip(query.split(1), k.split(sizes), v.split(sizes), cover.to(query.dtype).split(sizes), strict=True)
     out = [
         F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=c[None, None, None]
@@ -89,7 +91,7 @@ def gather_loop(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_
 def _varlen(kernel: Callable[..., Any], query, key, value, boxes, image_index, grid_size):  # type: ignore[no-untyped-def]
     """The covered tokens of every region through a variable-length kernel.
 
-    Such kernels take no mask of real numbers: log coverage rides in eight extra channels, 1 / scale on the query's side.
+    Such kernels take no mask of real numbers: log coverage rides in extra channels, 1 / scale on the query's side.
     """
     regions, count, _, dim = query.shape
     k, v, cover, counts = _gather(key, value, boxes, image_index, grid_size)
@@ -186,7 +188,9 @@ def _flex_unavailable(setting: Setting) -> str | None:
 ALIGNED = (14, 14)  # the RoI grid that region language models pool a box to
 
 
-def roi_align_kv(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair) -> Tensor:
+def roi_align_kv(
+    query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair
+) -> Tensor:
     """What region language models do instead: RoIAlign keys and values to a fixed grid, then attend to that."""
 
     def aligned(t: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ def torchvision_align(tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_s
     return aligned.flatten(2).transpose(1, 2)
 
 
-def torchvision_float32(tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair, output_size: Pair) -> Tensor:
+def torchvision_float32(
+    tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Pair, output_size: Pair
+) -> Tensor:
     """torchvision's op for a dtype that it lacks or that rounds box corners: through float32 and back."""
     return torchvision_align(tokens.float(), boxes, image_index, grid_size, output_size).to(tokens.dtype)
 
