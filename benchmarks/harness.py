@@ -96,6 +96,7 @@ class Group:
         self._problem = op.problem(self.workload, self.dtype, device, mode)
         self._exact: tuple[Tensor, ...] = ()
         self._allowed: list[float] = []
+        self._checked: dict[str, tuple[bool, float]] = {}
         self._entries: dict[str, Entry | SkippedProviderError] = {}
 
     def entry(self, provider: Provider) -> Entry:
@@ -118,14 +119,14 @@ class Group:
         if not self._exact:
             self._prepare()
         call = self._caller(provider.build(), self._problem)
-        results = self._try(provider, call)
-        match, error = self.match(provider, results)
-        del results
+        if provider.name not in self._checked:
+            self._checked[provider.name] = self.match(provider, self._try(provider, call))
+        match, error = self._checked[provider.name]
+        # The fastest of a few calls plans the number of samples; a slow provider is not called more often than needed.
+        spent: list[float] = []
         memory = PeakMemory(self.device)
-        peak = memory.of(call) if memory.unavailable() is None else None
-        # The fastest of a few calls plans the number of samples; a slow provider is not called more often than that.
-        spent = [timed(call, self.device)]
-        while sum(spent) < PLANNING_SECONDS and len(spent) < 5:
+        peak = memory.of(lambda: spent.append(timed(call, self.device))) if memory.unavailable() is None else None
+        while not spent or (sum(spent) < PLANNING_SECONDS and len(spent) < 5):
             spent.append(timed(call, self.device))
         return Entry(call, min(spent), match, error, peak)
 
@@ -173,7 +174,8 @@ class Group:
                 results = self._try(provider, self._caller(provider.build(), self._problem))
             except SkippedProviderError:
                 continue
-            if all(self._close(r, e) for r, e in zip(results, self._exact, strict=True)):
+            self._checked[provider.name] = self.match(provider, results)
+            if self._checked[provider.name][0]:
                 errors.append([_worst(r, e) for r, e in zip(results, self._exact, strict=True)])
         if not errors:
             results = self._caller(self.op.reference, self._problem)()

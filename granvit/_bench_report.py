@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 OURS = "granvit"
@@ -126,16 +125,16 @@ def _cells(row: Row, group: dict[str, Row], best: Row | None, bandwidth: float, 
     ratio = speedup(group, row) if row.stock else None
     other = "[yellow]other result[/]" if not facts["same_result"] else "[red]no[/]"
     peak = "" if facts["peak_bytes"] is None else f"{facts['peak_bytes'] / 2**20:.1f}"
-    graph = [f"{statistics.median(facts['graph_replay_seconds']) * 1e3:.3g}"] if facts["graph_replay_seconds"] else [""]
+    graph = [_ms(statistics.median(facts["graph_replay_seconds"]))] if facts["graph_replay_seconds"] else [""]
     return [
         name,
-        f"{row.median * 1e3:.3g}",
+        _ms(row.median),
         *(graph if on_gpu else []),
         "" if ratio is None else f"{ratio:.2f}x",
         "[green]yes[/]" if row.match else other,
         peak,
         f"{100 * facts['floor_bytes'] / row.median / bandwidth:.0f}",
-        f"{facts['floor_seconds'] * 1e3:.3g}",
+        _ms(facts["floor_seconds"]),
     ]
 
 
@@ -151,6 +150,11 @@ def skipped(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def sweep_table(cases: list[Row]) -> Table:
     """One line for each case of the sweeps."""
     t = Table("op", "case", "granvit ms", "best stock form", "its ms", "speed-up", "floor ms", title="sweeps")
@@ -162,11 +166,11 @@ def sweep_table(cases: list[Row]) -> Table:
         t.add_row(
             key[0],
             " ".join(key[1:]),
-            "" if ours is None else f"{ours.median * 1e3:.3g}" + ("" if ours.match else " [red]no match[/]"),
+            "" if ours is None else _ms(ours.median) + ("" if ours.match else " [red]no match[/]"),
             "" if best is None else best.provider,
-            "" if best is None else f"{best.median * 1e3:.3g}",
+            "" if best is None else _ms(best.median),
             "" if ratio is None else f"{ratio:.1f}x",
-            f"{any_row.facts['floor_seconds'] * 1e3:.3g}",
+            _ms(any_row.facts["floor_seconds"]),
         )
     return t
 
