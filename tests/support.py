@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -97,3 +101,19 @@ def assert_within_budget(ours: Tensor, stock: Tensor, exact: Tensor, dtype: torc
         f"{what}: error {error.flatten()[worst]:.3e} at {exact.flatten()[worst]:.6g}, allowed "
         f"{allowed.flatten()[worst]:.3e} ({dtype})"
     )
+
+
+def run_at_isa(isa: str, file: str, selection: str) -> None:
+    """Runs a test file's tests named `selection` in a process that is held to one CPU instruction set."""
+    probe = "import granvit, sys; sys.exit(granvit.EXTENSION.core.cpu_isa() != sys.argv[1])"
+    environment = {**os.environ, "GRANVIT_CPU_ISA": isa}
+    found = subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True, text=True)
+    if "is not supported by this processor" in found.stderr or "was not compiled" in found.stderr:
+        pytest.skip(found.stderr.strip().splitlines()[-1])
+    assert found.returncode == 0, found.stderr
+    # -p no:... : a worker of a parallel run must not hand its own settings down.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    run = subprocess.run(
+        [*command, "-k", f"{selection} and cpu"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-4000:]

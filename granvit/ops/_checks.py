@@ -92,7 +92,12 @@ def grids(op: str, argument: str, value: int | Sequence[int] | Tensor, rows: int
     if not is_integer(value):
         raise wrong_type(op, argument, "an integer tensor", value)
     if value.dim() != 2 or value.shape[1] != 2 or (rows is not None and value.shape[0] != rows):
-        raise wrong_value(op, argument, f"shape ({'B' if rows is None else rows}, 2), one (height, width) for each {what}", value)
+        shape = f"({'B' if rows is None else rows}, 2)"
+        raise wrong_value(op, argument, f"shape {shape}, one (height, width) for each {what}", value)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < 1).any()):
+        row = int((value < 1).any(1).nonzero()[0])
+        got = tuple(value[row].tolist())
+        raise ValueError(f"{op}: {argument}: expected heights and widths of at least 1, got {got} for {what} {row}")
     return Grid(value.long(), 0, 0)
 
 
