@@ -1,4 +1,4 @@
-"""The ``granvit`` command. Each subcommand imports what it needs when it runs, so that ``granvit info`` works everywhere."""
+"""The ``granvit`` command. A subcommand imports what it needs when it runs, so ``granvit info`` works everywhere."""
 
 from __future__ import annotations
 

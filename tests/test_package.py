@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it loads, how it is laid out, what its binaries ask of torch, how it installs."""
+"""The package as a whole: what importing it loads, its layout, what its binaries ask of torch, how it installs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Comple
 
 
 def test_import_loads_torch_and_nothing_heavy() -> None:
-    code = "import sys, granvit; print(sorted({'torchvision', 'transformers', 'timm', 'triton', 'matplotlib', 'PIL', 'typer', 'rich'} & set(sys.modules)))"  # fmt: skip
+    heavy = {"torchvision", "transformers", "timm", "triton", "matplotlib", "PIL", "typer", "rich", "torch._dynamo"}
+    code = f"import sys, granvit; print(sorted({heavy} & set(sys.modules)))"
     result = python(code)
     assert result.returncode == 0, result.stderr
     # torch itself may load Triton; granvit must not add to what torch loads.
@@ -137,7 +138,9 @@ def test_impl_from_the_environment() -> None:
     )
     assert python(call, GRANVIT_IMPL="reference").returncode == 0
     wrong = python(call, GRANVIT_IMPL="fast")
-    assert "ValueError: roi_align: GRANVIT_IMPL: expected one of cuda, triton, cpu, reference, got 'fast'" in wrong.stderr
+    assert (
+        "ValueError: roi_align: GRANVIT_IMPL: expected one of cuda, triton, cpu, reference, got 'fast'" in wrong.stderr
+    )
     absent = python(call, GRANVIT_IMPL="cuda")
     assert "RuntimeError: roi_align: GRANVIT_IMPL='cuda' cannot run: it runs on CUDA tensors" in absent.stderr
     isa = python(call, GRANVIT_CPU_ISA="sse9")
@@ -162,7 +165,9 @@ def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str
 
 
 # An editable install's import hook would find the compiled modules of the checkout it was made from.
-WITHOUT_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]"
+WITHOUT_EDITABLE = (
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]"
+)
 USE = """
 import torch, granvit
 arguments = (torch.randn(1, 4, 8), torch.tensor([[0., 0, 1, 1]]), torch.zeros(1, dtype=torch.long), (2, 2), 2)
@@ -175,7 +180,17 @@ print(info.render(info.collect()))
 
 
 def pip_install(checkout: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+    ]
     environment = {**os.environ, "GRANVIT_BUILD_CUDA": "0", "GRANVIT_REQUIRE_EXT": "0", **environment}
     return subprocess.run([*command, str(checkout)], env=environment, capture_output=True, text=True)
 

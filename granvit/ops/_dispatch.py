@@ -121,7 +121,7 @@ def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def refuse_double_backward(op: str) -> None:
-    """Raises where a backward is itself being recorded: no kernel for its derivative exists, and zero would be wrong."""
+    """Raises where a backward is itself recorded: no kernel for its derivative exists, and zero would be wrong."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{op}: the gradient of its gradient is not implemented; impl='reference' is differentiable twice"
