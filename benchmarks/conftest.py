@@ -72,6 +72,7 @@ def session(request: pytest.FixtureRequest) -> Session:
     suite = workloads.SUITES[config.getoption("--suite")]
     bandwidth = machine.copy_bandwidth(device)
     needed = {dtype for selection in suite.selections for dtype in selection.dtypes}
+    needed &= set(config.getoption("--dtype") or needed)
     rates = {dtype: machine.matmul_rate(device, workloads.DTYPES[dtype]) for dtype in sorted(needed)}
     config.stash[_SESSION] = Session(device, suite.passes, suite.seconds, bandwidth, rates)
     return config.stash[_SESSION]

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from granvit import _bench_report
+from granvit.errors import MissingDependencyError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {
@@ -32,10 +33,6 @@ NEEDED = {
     "torchvision": "torchvision",
 }
 INTERRUPTED, NOTHING_SELECTED = 2, 5  # exit statuses of pytest
-
-
-class BenchmarkError(RuntimeError):
-    """The benchmarks cannot run; the text is one sentence for people."""
 
 
 def run(
@@ -66,7 +63,7 @@ def run(
         run was interrupted (what had finished is reported all the same).
 
     Raises:
-        BenchmarkError: the suites are not there, a package is missing, or nothing was selected.
+        UserError: the suites are not there, a package is missing, or nothing was selected.
     """
     console = console or Console()
     suites = require()
@@ -84,12 +81,8 @@ def run(
         if status == INTERRUPTED:
             return 130
         if status == NOTHING_SELECTED:
-            raise BenchmarkError(
-                f"bench: no case of suite {suite!r} matches the selection; list_only shows what there is"
-            )
-        raise BenchmarkError(
-            f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log"
-        )
+            raise UserError(f"bench: no case of suite {suite!r} matches the selection; list_only shows what there is")
+        raise UserError(f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log")
     report = json.loads(path.read_text())
     failed = _bench_report.show(report, console)
     cases = _bench_report.rows(report)
@@ -109,17 +102,17 @@ def require() -> Path:
     """The folder of the suites, where everything that they need is there.
 
     Raises:
-        BenchmarkError: it is not.
+        UserError: it is not; MissingDependencyError where packages are missing.
     """
     folder = ROOT / "benchmarks"
     if not (folder / "conftest.py").exists():
-        raise BenchmarkError(
+        raise UserError(
             "bench: the benchmark suites are not part of the installed package; run this from a source checkout, "
             "installed with `pip install -e .[bench]`"
         )
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise BenchmarkError(
+        raise MissingDependencyError(
             f"bench: {', '.join(missing)} not installed; `pip install granvit[bench]` brings what is missing"
         )
     return folder
@@ -134,9 +127,9 @@ def _list(suites: Path, options: list[str], console: Console) -> int:
     command, environment = _command(suites, [*options, "--collect-only", "-q"])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == NOTHING_SELECTED:
-        raise BenchmarkError("bench: no case matches the selection")
+        raise UserError("bench: no case matches the selection")
     if done.returncode != 0:
-        raise BenchmarkError(f"bench: pytest cannot collect the suites: {(done.stderr or done.stdout).strip()}")
+        raise UserError(f"bench: pytest cannot collect the suites: {(done.stderr or done.stdout).strip()}")
     for line in done.stdout.splitlines():
         if "::" in line:
             console.print(line.partition("::")[2], highlight=False, markup=False, soft_wrap=True)
