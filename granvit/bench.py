@@ -32,7 +32,7 @@ NEEDED = {
     "matplotlib": "matplotlib",
     "torchvision": "torchvision",
 }
-INTERRUPTED, NOTHING_SELECTED = 2, 5  # exit statuses of pytest
+INTERRUPTED, WRONG_USAGE, NOTHING_SELECTED = 2, 4, 5  # exit statuses of pytest
 
 
 def run(
@@ -82,6 +82,8 @@ def run(
             return 130
         if status == NOTHING_SELECTED:
             raise UserError(f"bench: no case of suite {suite!r} matches the selection; list_only shows what there is")
+        if status == WRONG_USAGE:
+            raise UserError(f"bench: {_complaint(Path(f'{stem}.log').read_text())}")
         raise UserError(f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log")
     report = json.loads(path.read_text())
     failed = _bench_report.show(report, console)
@@ -129,11 +131,17 @@ def _list(suites: Path, options: list[str], console: Console) -> int:
     if done.returncode == NOTHING_SELECTED:
         raise UserError("bench: no case matches the selection")
     if done.returncode != 0:
-        raise UserError(f"bench: pytest cannot collect the suites: {(done.stderr or done.stdout).strip()}")
+        raise UserError(f"bench: {_complaint(done.stdout + done.stderr)}")
     for line in done.stdout.splitlines():
         if "::" in line:
             console.print(line.partition("::")[2], highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _complaint(text: str) -> str:
+    """What pytest says is wrong with its arguments."""
+    errors = [line for line in text.splitlines() if "error: " in line.lower()]
+    return errors[-1].partition(": ")[2].removeprefix("error: ") if errors else text.strip()
 
 
 def _measure(suites: Path, options: list[str], stem: Path, console: Console) -> int:
@@ -161,6 +169,8 @@ def _measure(suites: Path, options: list[str], stem: Path, console: Console) -> 
             child.send_signal(signal.SIGINT)
             child.wait()
         finally:
+            if child.poll() is None:  # a second Ctrl-C, or an error of ours
+                child.kill()
             events.unlink()
     return child.returncode
 

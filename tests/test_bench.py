@@ -184,6 +184,7 @@ def report(*entries: dict[str, Any], skipped: list[dict[str, str]] | None = None
     machine_info = {
         "device": "CPU",
         "threads": 2,
+        "load": 0.1,
         "isa": "avx2",
         "torch": "2.14",
         "suite": "cpu",
@@ -228,11 +229,12 @@ def test_no_speed_up_without_a_green_match() -> None:
     assert failed
     assert "x torchvision" not in text
     assert "no match: region_distill cpu float32 full granvit" in text
-    assert "missed region_distill cpu float32 full: not decided against torchvision: no green match" in text
+    assert "open   region_distill cpu float32 full against torchvision: no green match, hence no speed-up" in text
+    assert "held" not in text
 
     text, failed = printed(report(entry("granvit", [0.1]), entry("einsum", [0.01], match=False)))
     assert not failed
-    assert "not decided against the best stock form: no such peer ran with the right results" in text
+    assert "open   region_distill cpu float32 full against the best stock form: no such peer ran" in text
 
 
 def test_another_function_is_never_the_best_stock_form() -> None:
@@ -247,6 +249,15 @@ def test_another_function_is_never_the_best_stock_form() -> None:
     best = _bench_report.best_stock(group)
     assert best is not None
     assert best.provider == "sdpa_mask"
+
+
+def test_a_missed_target_and_a_busy_machine_are_said() -> None:
+    run = report(entry("granvit", [0.2]), entry("torchvision", [3.0]), entry("einsum", [0.7]))
+    run["machine_info"]["granvit"]["load"] = 3.0
+    text, _ = printed(run)
+    assert "missed region_distill cpu float32 full: 15.0x torchvision, target 30x" in text
+    assert "missed region_distill cpu float32 full: 3.5x the best stock form (einsum), target 5x" in text
+    assert "busy before the run (load 3.0)" in text
 
 
 def test_skipped_peers_are_printed_with_their_reasons() -> None:
@@ -310,6 +321,14 @@ def test_listing_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     with pytest.raises(UserError, match="no case matches"):
         bench.run("smoke", select="nothing_of_that_name", list_only=True, console=console)
+
+
+def test_a_wrong_suite_or_device_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^bench: .*--suite: invalid choice: 'no_such'"):
+        bench.run("no_such", output=tmp_path, console=quiet())
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="^bench: this needs a CUDA device, and torch sees none"):
+            bench.run("smoke", device="cuda", output=tmp_path, list_only=True, console=quiet())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
