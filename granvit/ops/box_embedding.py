@@ -1,0 +1,161 @@
+"""Boxes as tokens: Fourier features and two linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from granvit import reference
+from granvit.ops import _checks, _dispatch
+
+_OP = "box_embedding"
+
+
+def box_embedding(
+    boxes: Tensor,
+    frequencies: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    out: Tensor | None = None,
+    index: Tensor | None = None,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Embeds each box as one token: Fourier features (Tancik et al. 2020), linear, GELU (erf), linear.
+
+    ``u = 2 pi boxes @ frequencies``, ``features = [sin u, cos u]``, ``token = w2 gelu(w1 features + b1) + b2``.
+    Axis-aligned frequencies give NeRF's positional encoding (Mildenhall et al. 2020); a block-diagonal random matrix
+    and boxes ``2 b - 1`` give the corner encoding of Segment Anything (Kirillov et al. 2023).
+
+    Args:
+        boxes: ``(R, 4)`` float32, any finite values; relative coordinates, as they are or shifted and scaled.
+            float64 is let through for gradient checks.
+        frequencies: ``(4, M)``, cycles per unit of each coordinate; any float dtype.
+        w1: ``(D1, 2 M)`` float32, bfloat16, float16 or float64. Trigonometry is done in float32 or wider whatever this
+            dtype is, and so are all sums.
+        b1: ``(D1,)`` in the dtype of `w1`.
+        w2: ``(D, D1)`` in the dtype of `w1`.
+        b2: ``(D,)`` in the dtype of `w1`.
+        out: a token sequence ``(T, D)`` in the dtype of `w1` that takes the tokens, with `index`.
+        index: ``(R,)`` integer, the row of `out` for each box; no row twice.
+        inplace: write into `out` itself and return it. Only under ``torch.no_grad()`` or inference mode; the last
+            dimension of `out` must be contiguous.
+        impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None picks the best that can run.
+
+    Returns:
+        ``(R, D)`` in the dtype of `w1`; with `out` the sequence ``(T, D)``, a new one unless `inplace`. Differentiable
+        in all arguments but `index`; the gradient of a row of `out` that was written over is zero.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; the text names it.
+        RuntimeError: the implementation asked for cannot run here, or `inplace` while gradients are recorded.
+    """
+    _check_layers(boxes, frequencies, w1, b1, w2, b2)
+    index = _check_target(boxes, w2, out, index, inplace)
+    chosen = _dispatch.choose(_OP, impl, boxes.device.type)
+    if chosen == "reference":
+        return _run_reference(boxes, frequencies, w1, b1, w2, b2, out, index, inplace)
+    raise AssertionError(f"{_OP}: no caller for {chosen}")
+
+
+def _check_layers(boxes: Tensor, frequencies: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    if not isinstance(boxes, Tensor) or boxes.dtype not in (torch.float32, torch.float64):
+        raise _checks.wrong_type(_OP, "boxes", "a float32 tensor", boxes)
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise _checks.wrong_value(_OP, "boxes", "shape (R, 4)", boxes)
+    _checks.floating(_OP, "frequencies", frequencies)
+    if frequencies.dim() != 2 or frequencies.shape[0] != 4:
+        raise _checks.wrong_value(_OP, "frequencies", "shape (4, M)", frequencies)
+    features = 2 * frequencies.shape[1]
+    _checks.floating(_OP, "w1", w1)
+    if w1.dim() != 2 or w1.shape[1] != features:
+        raise _checks.wrong_value(_OP, "w1", f"shape (D1, {features}), two features a frequency", w1)
+    _same_dtype("b1", b1, w1)
+    if b1.dim() != 1 or b1.shape[0] != w1.shape[0]:
+        raise _checks.wrong_value(_OP, "b1", f"shape ({w1.shape[0]},) to match w1", b1)
+    _same_dtype("w2", w2, w1)
+    if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
+        raise _checks.wrong_value(_OP, "w2", f"shape (D, {w1.shape[0]}) to match w1", w2)
+    _same_dtype("b2", b2, w1)
+    if b2.dim() != 1 or b2.shape[0] != w2.shape[0]:
+        raise _checks.wrong_value(_OP, "b2", f"shape ({w2.shape[0]},) to match w2", b2)
+    for name, t in (("frequencies", frequencies), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        _checks.on_device(_OP, name, t, boxes.device)
+
+
+def _same_dtype(name: str, t: object, w1: Tensor) -> None:
+    if not isinstance(t, Tensor) or t.dtype != w1.dtype:
+        raise _checks.wrong_type(_OP, name, f"a tensor of {str(w1.dtype).removeprefix('torch.')} like w1", t)
+
+
+def _check_target(boxes: Tensor, w2: Tensor, out: Tensor | None, index: Tensor | None, inplace: bool) -> Tensor | None:
+    """Checks where the tokens go; returns `index` as int64."""
+    if out is None:
+        if index is not None:
+            raise _checks.wrong_value(_OP, "index", "None without out", index)
+        if inplace:
+            raise _checks.wrong_value(_OP, "inplace", "False without out", inplace)
+        return None
+    _same_dtype("out", out, w2)
+    if out.dim() != 2 or out.shape[1] != w2.shape[0]:
+        raise _checks.wrong_value(_OP, "out", f"shape (T, {w2.shape[0]}) to match w2", out)
+    _checks.on_device(_OP, "out", out, boxes.device)
+    if not isinstance(index, Tensor) or not _checks.is_integer(index):
+        raise _checks.wrong_type(_OP, "index", "an integer tensor with out", index)
+    if index.dim() != 1 or index.shape[0] != boxes.shape[0]:
+        raise _checks.wrong_value(_OP, "index", f"shape ({boxes.shape[0]},) to match boxes", index)
+    _checks.on_device(_OP, "index", index, boxes.device)
+    if inplace:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{_OP}: inplace: expected gradients to be off (torch.no_grad() or inference mode), got grad mode on; "
+                "leave inplace False to differentiate"
+            )
+        if out.shape[1] > 1 and out.stride(1) != 1:
+            raise _checks.wrong_value(_OP, "out", "a contiguous last dimension to write in place", out.stride())
+        if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+            raise _checks.wrong_value(_OP, "out", "rows that do not overlap to write in place", out.stride())
+    return index.long()
+
+
+def _check_values(boxes: Tensor, out: Tensor | None, index: Tensor | None) -> None:
+    """Checks what boxes and index hold. The CPU kernel checks for itself; this is for all others."""
+    finite = boxes.isfinite().all(1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"{_OP}: boxes: expected finite values, got {boxes[row].tolist()} in row {row}")
+    if out is None or index is None:
+        return
+    inside = (index >= 0) & (index < out.shape[0])
+    if not bool(inside.all()):
+        row = int((~inside).nonzero()[0])
+        raise ValueError(f"{_OP}: index: expected values in [0, {out.shape[0]}), got {int(index[row])} in row {row}")
+    rows, times = index.unique(return_counts=True)
+    if not bool((times == 1).all()):
+        raise ValueError(f"{_OP}: index: expected no row twice, got {int(rows[times > 1][0])} more than once")
+
+
+def _run_reference(
+    boxes: Tensor,
+    frequencies: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    out: Tensor | None,
+    index: Tensor | None,
+    inplace: bool,
+) -> Tensor:
+    device_type = boxes.device.type
+    if (device_type == "cpu" or _dispatch.CHECK_VALUES) and not torch.compiler.is_compiling():
+        _check_values(boxes, out, index)
+    # The reference chooses its own dtypes; autocast would lower them.
+    with torch.autocast(device_type, enabled=False):
+        if not inplace:
+            return reference.box_embedding(boxes, frequencies, w1, b1, w2, b2, out=out, index=index)
+        assert out is not None
+        assert index is not None
+        return out.index_copy_(0, index, reference.box_embedding(boxes, frequencies, w1, b1, w2, b2))
