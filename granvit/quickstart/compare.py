@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from granvit.ops import _dispatch, region_attention, region_distill_loss
 from granvit.quickstart import measure, picture, stock
 from granvit.quickstart.photographs import Regions
 
+if TYPE_CHECKING:
+    from granvit.adapters.timm import RegionEncoder
+
 DTYPES = (torch.float32, torch.bfloat16)
 # The largest relative difference that float32 rounding explains, once it has gone backward through a ViT.
-STEP_LIMIT = 1e-4
+STEP_LIMIT = 1e-5
 
 
 def implementation(op: str) -> str:
@@ -27,8 +31,8 @@ def implementation(op: str) -> str:
 
 
 def steps(
-    encode: Callable[[], Tensor],
-    student: nn.Module,
+    student: RegionEncoder,
+    pixels: Tensor,
     target: Tensor,
     regions: Regions,
     grid: tuple[int, int],
@@ -37,32 +41,37 @@ def steps(
     """The student's half of the self-distillation step both ways.
 
     Args:
-        encode: runs the student on the whole photographs, giving ``(B, H*W, C)``.
-        student: the model behind `encode`.
+        student: the encoder that learns.
+        pixels: whole photographs ``(B, 3, S, S)``.
         target: the teacher's tokens of the crops, ``(R, H*W, C)``.
         regions: boxes and their photographs.
         grid: ``(H, W)``.
         repeats: runs behind every median.
 
     Returns:
-        Losses, differences and median seconds; and the student's tokens.
+        Losses, differences and median seconds; and the student's tokens ``(B, H*W, C)``.
 
     Raises:
         AgreementError: loss or a parameter's gradient differ by more than rounding.
     """
 
-    def step(way: str) -> Tensor:
+    def stock_loss() -> Tensor:
+        tokens, _ = student.tokens(pixels)
+        return stock.distill_loss(tokens, target, regions.boxes, regions.image_index, grid)
+
+    def granvit_loss() -> Tensor:
+        return student.distill_loss(pixels, regions.boxes, regions.image_index, target, grid)
+
+    def step(loss_of_step: Callable[[], Tensor]) -> Tensor:
         student.zero_grad(set_to_none=True)
-        if way == "stock":
-            loss = stock.distill_loss(encode(), target, regions.boxes, regions.image_index, grid)
-        else:
-            loss = region_distill_loss(encode(), target, regions.boxes, regions.image_index, grid, grid)
+        loss = loss_of_step()
         loss.backward()
         return loss.detach()
 
+    ways = {"stock": partial(step, stock_loss), "granvit": partial(step, granvit_loss)}
     losses, gradients = {}, {}
-    for way in ("stock", "granvit"):
-        losses[way] = step(way)
+    for way, run in ways.items():
+        losses[way] = run()
         gradients[way] = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     ours, theirs = gradients["granvit"], gradients["stock"]
     if ours.keys() != theirs.keys():
@@ -81,10 +90,9 @@ def steps(
     measure.check_agreement("distillation loss", result["loss_difference"], STEP_LIMIT)
     measure.check_agreement(f"gradient of the ViT's {worst}", differences[worst], STEP_LIMIT)
     if implementation("region_distill") != "reference":
-        ways = {"stock": lambda: step("stock"), "granvit": lambda: step("granvit")}
         result["seconds"] = measure.median_times(ways, min(repeats, 3))  # seconds long each
     with torch.no_grad():
-        return result, encode()
+        return result, student.tokens(pixels)[0]
 
 
 def distillation(

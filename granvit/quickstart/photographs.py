@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from granvit import geometry
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -115,77 +117,46 @@ PHOTOGRAPHS = (
 
 @dataclass(frozen=True)
 class Regions:
-    """Letterboxed photographs and the crop of every box, all of one square size in pixels.
+    """Photographs fitted into squares of one size, and their boxes.
 
     Attributes:
         names: name of each photograph.
-        images: the photographs, fitted into the square.
-        crops: every box cut out of its photograph and stretched to the square, as RoIAlign stretches it to its grid.
+        images: the squares; the photograph in the upper left corner, grey around it.
+        sizes: width and height in pixels of the photograph within its square.
         labels: label of each box.
-        boxes: ``(R, 4)`` float32 relative to the letterboxed image.
+        boxes: ``(R, 4)`` float32 relative to the square.
         image_index: ``(R,)`` the image of each box; boxes of an image follow one another, equally many in each.
     """
 
     names: list[str]
     images: list[Image]
-    crops: list[Image]
+    sizes: list[tuple[int, int]]
     labels: list[str]
     boxes: Tensor
     image_index: Tensor
 
 
-@dataclass(frozen=True)
-class Letterbox:
-    """Fits a photograph into a square, keeping its aspect: the one transform that both pixels and boxes go through."""
-
-    size: int
-    left: int
-    top: int
-    width: int
-    height: int
-
-    @classmethod
-    def fit(cls, width: int, height: int, size: int) -> Letterbox:
-        """The largest centred placement of a ``width x height`` photograph in a square of `size` pixels."""
-        scale = size / max(width, height)
-        w, h = max(1, round(width * scale)), max(1, round(height * scale))
-        return cls(size, (size - w) // 2, (size - h) // 2, w, h)
-
-    def image(self, photograph: Image) -> Image:
-        """The photograph on a mid-grey square."""
-        from PIL import Image as pil
-
-        square = pil.new("RGB", (self.size, self.size), (128, 128, 128))
-        square.paste(photograph.resize((self.width, self.height), pil.Resampling.BICUBIC), (self.left, self.top))
-        return square
-
-    def box(self, box: Box) -> Box:
-        """A box relative to the photograph, made relative to the square."""
-        x0, y0, x1, y1 = box
-        return (
-            (self.left + x0 * self.width) / self.size,
-            (self.top + y0 * self.height) / self.size,
-            (self.left + x1 * self.width) / self.size,
-            (self.top + y1 * self.height) / self.size,
-        )
-
-
 def load(count: int, size: int) -> Regions:
-    """The first `count` photographs and their regions at `size` pixels."""
+    """The first `count` photographs and their regions, fitted into squares of `size` pixels with their aspect kept."""
     from PIL import Image as pil
 
     if not 1 <= count <= len(PHOTOGRAPHS):
         raise ValueError(f"quickstart: photos: expected 1 to {len(PHOTOGRAPHS)}, got {count}")
-    names, images, crops, labels, boxes = [], [], [], [], []
+    images, sizes, boxes = [], [], []
     for photograph in PHOTOGRAPHS[:count]:
         picture = pil.open(photograph.path()).convert("RGB")
-        letterbox = Letterbox.fit(*picture.size, size)
-        names.append(photograph.name)
-        images.append(letterbox.image(picture))
-        for label, box in photograph.boxes.items():
-            pixels = tuple(edge * side for edge, side in zip(box, picture.size * 2, strict=True))
-            crops.append(picture.resize((size, size), pil.Resampling.BICUBIC, box=pixels))
-            labels.append(label)
-            boxes.append(letterbox.box(box))
-    image_index = torch.arange(count).repeat_interleave(BOXES_PER_PHOTOGRAPH)
-    return Regions(names, images, crops, labels, torch.tensor(boxes), image_index)
+        scale = size / max(picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        square = pil.new("RGB", (size, size), (128, 128, 128))
+        square.paste(picture.resize((width, height), pil.Resampling.BICUBIC))
+        images.append(square)
+        sizes.append((width, height))
+        boxes.append(geometry.rescale(torch.tensor(list(photograph.boxes.values())), (height, width), (size, size)))
+    return Regions(
+        names=[photograph.name for photograph in PHOTOGRAPHS[:count]],
+        images=images,
+        sizes=sizes,
+        labels=[label for photograph in PHOTOGRAPHS[:count] for label in photograph.boxes],
+        boxes=torch.cat(boxes),
+        image_index=torch.arange(count).repeat_interleave(BOXES_PER_PHOTOGRAPH),
+    )

@@ -11,6 +11,8 @@ from torch import Tensor
 from granvit.reference.region_attention import cell_weights
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from granvit.quickstart.photographs import Regions
 
 # Okabe and Ito's palette, told apart with every common form of colour vision.
@@ -52,7 +54,7 @@ def draw(path: Path, regions: Regions, weights: Tensor) -> None:
     FigureCanvasAgg(figure)  # no window, whatever the user's backend
     axes = figure.subplots(rows, 1 + columns, squeeze=False, width_ratios=[1.25] + [1] * columns)
     for row, (name, image) in enumerate(zip(regions.names, regions.images, strict=True)):
-        _photograph(axes[row, 0], name, image)
+        _photograph(axes[row, 0], name, image, regions.sizes[row])
         members = (regions.image_index == row).nonzero().flatten().tolist()
         for column, region in enumerate(members):
             colour = COLOURS[column % len(COLOURS)]
@@ -63,8 +65,11 @@ def draw(path: Path, regions: Regions, weights: Tensor) -> None:
     figure.savefig(path, dpi=110, facecolor="white")
 
 
-def _photograph(ax: Any, name: str, image: Any) -> None:
+def _photograph(ax: Any, name: str, image: Image, size: tuple[int, int]) -> None:
+    width, height = size
     ax.imshow(image)
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
     ax.set_title(name, fontsize=11, fontweight="bold")
     ax.set_axis_off()
 
@@ -78,7 +83,7 @@ def _outline(ax: Any, pixels: Tensor, colour: str) -> None:
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, linewidth=width, edgecolor=edge))
 
 
-def _cut_out(ax: Any, image: Any, box: Tensor, weights: Tensor, label: str, colour: str) -> None:
+def _cut_out(ax: Any, image: Image, box: Tensor, weights: Tensor, label: str, colour: str) -> None:
     size = image.width
     x0, y0, x1, y1 = (box * size).tolist()
     grey = image.convert("L")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,6 +18,9 @@ from torch import Tensor
 
 import granvit
 from granvit.quickstart import compare, measure, photographs, picture, tables
+
+if TYPE_CHECKING:
+    from granvit.adapters.timm import RegionEncoder
 
 NEEDS = {
     "timm": "timm",
@@ -76,26 +79,24 @@ def run(
         stage("Building student and teacher")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            student = build_vit(model, image_size)
+            student = build_encoder(model, image_size)
         # GranViT's teacher is a moving average of the student's weights; it starts as a copy.
         teacher = copy.deepcopy(student).requires_grad_(False)
-        grid = student.patch_embed.grid_size
-        pixels, crops = (to_pixels(images, student) for images in (regions.images, regions.crops))
+        pixels = to_pixels(regions.images, student.model)
 
-        stage(f"Teacher: {len(crops)} crops")
+        stage(f"Teacher: {len(regions.labels)} crops")
         start = time.perf_counter()
-        with torch.no_grad():
-            target = torch.cat([encode(teacher, part) for part in crops.split(5)])
+        target, grid = teacher.crop_features(pixels, regions.boxes, regions.image_index)
         teacher_seconds = time.perf_counter() - start
 
         stage("Student: the same step, stock and granvit")
-        step, tokens = compare.steps(lambda: encode(student, pixels), student, target, regions, grid, repeats)
+        step, tokens = compare.steps(student, pixels, target, regions, grid, repeats)
 
         stage("Region distillation alone")
         measured = compare.distillation(tokens, target, regions, grid, repeats)
 
         stage("Region pooling alone")
-        inputs = compare.PoolingInputs.from_tokens(tokens, regions, grid, student.blocks[0].attn.num_heads)
+        inputs = compare.PoolingInputs.from_tokens(tokens, regions, grid, student.model.blocks[0].attn.num_heads)
         measured += compare.pooling(inputs, regions, grid, repeats)
 
         stage("Drawing")
@@ -143,17 +144,16 @@ def progress(console: Console) -> Iterator[Callable[[str], None]]:
         yield stage
 
 
-def build_vit(name: str, image_size: int) -> Any:
-    """A timm Vision Transformer for square images, without a head."""
+def build_encoder(name: str, image_size: int) -> RegionEncoder:
+    """A timm Vision Transformer for square images, without a head, that looks at boxes."""
     import timm
+
+    from granvit.adapters.timm import RegionEncoder
 
     vit = timm.create_model(name, img_size=image_size, num_classes=0)
     if not isinstance(vit, timm.models.VisionTransformer):
         raise ValueError(f"quickstart: model: expected the name of a timm VisionTransformer, got {name!r}")
-    height, width = vit.patch_embed.patch_size
-    if image_size % height or image_size % width:
-        raise ValueError(f"quickstart: image_size: expected a multiple of the patch, {height}, got {image_size}")
-    return vit
+    return RegionEncoder(vit)
 
 
 def to_pixels(images: list[Any], vit: Any) -> Tensor:
@@ -164,8 +164,3 @@ def to_pixels(images: list[Any], vit: Any) -> Tensor:
     config = timm.data.resolve_model_data_config(vit)
     batch = torch.stack([pil_to_tensor(image) for image in images]) / 255
     return normalize(batch, config["mean"], config["std"])
-
-
-def encode(vit: Any, pixels: Tensor) -> Tensor:
-    """Patch tokens ``(B, H*W, C)``, without class and register tokens."""
-    return vit.forward_features(pixels)[:, vit.num_prefix_tokens :]
