@@ -95,6 +95,9 @@ def assert_within_budget(ours: Tensor, stock: Tensor, exact: Tensor, dtype: torc
     assert not error.isnan().any(), f"{what}: {int(error.isnan().sum())} values are NaN"
     if not error.numel():
         return
+    if dtype == torch.float64:  # no wider oracle: the reference rounds as much as what is tested
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-11 * float(exact.abs().max()), msg=what)
+        return
     allowed = 2 * (stock.double() - exact).abs().max() + ulp(exact, dtype)
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), (
