@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart with every common form of colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7")
+HEAT = "inferno"  # perceptually uniform, and in order in grey
 CAPTION = (
-    "Region-pooled attention over the tokens under each box: which tokens look like the one at the centre (+)? "
-    "Bright is high, scaled to each box's maximum.\nThe ViT has random weights, so likeness is colour and texture only."
+    "Region-pooled attention over the tokens under each box; the query asks which of them look like the one at the "
+    "centre (+).\nThe ViT has random weights, so likeness here is colour and texture only."
 )
 
 
@@ -47,12 +48,14 @@ def draw(path: Path, regions: Regions, weights: Tensor) -> None:
         weights: ``(R, H, W)`` attention of each region over its image's grid.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     rows, columns = len(regions.images), len(regions.labels) // len(regions.images)
-    figure = Figure(figsize=(13, 2.55 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(14, 2.3 * rows + 0.7), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the user's backend
-    axes = figure.subplots(rows, 1 + columns, squeeze=False, width_ratios=[1.25] + [1] * columns)
+    axes = figure.subplots(rows, 1 + columns, squeeze=False, width_ratios=[1.7] + [1] * columns)
     for row, (name, image) in enumerate(zip(regions.names, regions.images, strict=True)):
         _photograph(axes[row, 0], name, image, regions.sizes[row])
         members = (regions.image_index == row).nonzero().flatten().tolist()
@@ -61,16 +64,18 @@ def draw(path: Path, regions: Regions, weights: Tensor) -> None:
             box = regions.boxes[region]
             _outline(axes[row, 0], box * image.width, colour)
             _cut_out(axes[row, 1 + column], image, box, weights[region], regions.labels[region], colour)
-    figure.supxlabel(CAPTION, fontsize=10, color="#333333")
+    scale = ScalarMappable(Normalize(0, 1), cmap=HEAT)
+    label = "weight, as a share of the box's largest"
+    figure.colorbar(scale, ax=axes, aspect=40, shrink=0.6, pad=0.01, panchor=False, label=label)
+    figure.supxlabel(CAPTION, fontsize=11, color="#333333")
     figure.savefig(path, dpi=110, facecolor="white")
 
 
 def _photograph(ax: Any, name: str, image: Image, size: tuple[int, int]) -> None:
     width, height = size
     ax.imshow(image)
-    ax.set_xlim(0, width)
-    ax.set_ylim(height, 0)
-    ax.set_title(name, fontsize=11, fontweight="bold")
+    ax.set(xlim=(0, width), ylim=(height, 0), anchor="N")
+    ax.set_title(name, fontsize=12, fontweight="bold")
     ax.set_axis_off()
 
 
@@ -86,15 +91,15 @@ def _outline(ax: Any, pixels: Tensor, colour: str) -> None:
 def _cut_out(ax: Any, image: Image, box: Tensor, weights: Tensor, label: str, colour: str) -> None:
     size = image.width
     x0, y0, x1, y1 = (box * size).tolist()
-    grey = image.convert("L")
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, size, size, 0))
-    shown = (weights / weights.max()).numpy()
-    ax.imshow(shown, cmap="inferno", alpha=0.7, vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
-    ax.plot((x0 + x1) / 2, (y0 + y1) / 2, "+", color="white", markersize=10, markeredgewidth=2)
-    ax.set_xlim(x0, x1)
-    ax.set_ylim(y1, y0)
-    ax.set_xticks([])
-    ax.set_yticks([])
+    everywhere = (0, size, size, 0)
+    share = (weights / weights.max()).numpy()
+    ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=everywhere)
+    # Tokens without weight leave the photograph as it is.
+    ax.imshow(share, cmap=HEAT, vmin=0, vmax=1, alpha=0.3 + 0.45 * share, extent=everywhere, interpolation="nearest")
+    centre = ((x0 + x1) / 2, (y0 + y1) / 2)
+    for width, ink in ((4, "black"), (2, "white")):
+        ax.plot(*centre, "+", color=ink, markersize=6 + 2 * width, markeredgewidth=width)
+    ax.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], anchor="N")
     for spine in ax.spines.values():
         spine.set(edgecolor=colour, linewidth=3)
-    ax.set_title(label, fontsize=11)
+    ax.set_title(label, fontsize=12)

@@ -45,8 +45,8 @@ def run(
 ) -> dict[str, Any]:
     """One self-distillation step and one region pooling, with stock operations and with granvit.
 
-    Shows that losses, gradients and pooled tokens agree, what the region part costs either way, and draws what the pooling
-    looks at. Nothing is downloaded, so the ViT has random weights.
+    Shows that losses, gradients and pooled tokens agree, what the region part costs either way, and draws what the
+    pooling looks at. Nothing is downloaded, so the ViT has random weights.
 
     Args:
         out: folder for ``regions.png`` and ``report.json``; made where missing.
@@ -96,7 +96,8 @@ def run(
         measured = compare.distillation(tokens, target, regions, grid, repeats)
 
         stage("Region pooling alone")
-        inputs = compare.PoolingInputs.from_tokens(tokens, regions, grid, student.model.blocks[0].attn.num_heads)
+        vit: Any = student.model
+        inputs = compare.PoolingInputs.from_tokens(tokens, regions, grid, vit.blocks[0].attn.num_heads)
         measured += compare.pooling(inputs, regions, grid, repeats)
 
         stage("Drawing")
@@ -106,7 +107,7 @@ def run(
         "granvit": granvit.__version__,
         "torch": torch.__version__,
         "device": measure.describe_cpu(),
-        "model": {"name": model, "weights": f"random, seed {seed}", "image_size": image_size, "grid": list(grid)},
+        "model": {"name": model, "weights": "random", "seed": seed, "image_size": image_size, "grid": list(grid)},
         "photographs": regions.names,
         "regions": len(regions.labels),
         "implementation": implementations,
@@ -150,9 +151,12 @@ def build_encoder(name: str, image_size: int) -> RegionEncoder:
 
     from granvit.adapters.timm import RegionEncoder
 
-    vit = timm.create_model(name, img_size=image_size, num_classes=0)
-    if not isinstance(vit, timm.models.VisionTransformer):
+    if not timm.models.is_model_in_modules(name, ("vision_transformer",)):
         raise ValueError(f"quickstart: model: expected the name of a timm VisionTransformer, got {name!r}")
+    vit = timm.create_model(name, img_size=image_size, num_classes=0)
+    patch = vit.patch_embed.patch_size[0]
+    if image_size % patch:
+        raise ValueError(f"quickstart: image_size: expected a multiple of the patch size {patch}, got {image_size}")
     return RegionEncoder(vit)
 
 
