@@ -262,7 +262,7 @@ class BuildKernels(build_ext):
             return build(folder, output)
         except BuildSkippedError as reason:
             if required:
-                raise SystemExit(f"granvit: {what} was required and not built: {reason}") from None
+                raise SystemExit(f"granvit: {what}: required, but not built: {reason}") from None
             output.unlink(missing_ok=True)  # a stale library must not pass for this build
             self.warn(f"{what}: not built: {reason}")
             return {"built": False, "reason": str(reason)}

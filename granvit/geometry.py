@@ -1,4 +1,4 @@
-"""Boxes and the pixels under them. Boxes are ``x0 y0 x1 y1`` relative to the image, 0 to 1, as everywhere in granvit."""
+"""Boxes and the pixels under them. Boxes are ``x0 y0 x1 y1`` relative to the image, 0 to 1, everywhere."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _CHUNK_ELEMENTS = 1 << 25
 def rescale(boxes: Tensor, image_size: tuple[int, int], frame_size: tuple[int, int]) -> Tensor:
     """Boxes relative to an image, made relative to a frame that shares its upper left corner.
 
-    A ViT whose patch size does not divide the image ignores (or pads) pixels on the far sides, so its grid covers another
-    frame than the image: SigLIP-so400m reads 378 of 384 pixels.
+    A ViT whose patch size does not divide the image ignores (or pads) pixels on the far sides, so its grid covers
+    another frame than the image: SigLIP-so400m reads 378 of 384 pixels.
 
     Args:
         boxes: ``(..., 4)``, relative to the image.
@@ -36,13 +36,14 @@ def crop_boxes(images: Tensor, boxes: Tensor, image_index: Tensor, size: int | S
     """Cuts the boxes out of images and resizes every cut to one size, with antialiasing.
 
     For boxes on whole pixels the values are those of ``torch.nn.functional.interpolate(cut, size, mode="bilinear",
-    antialias=True)``: the triangle filter as wide as the step between output pixels, and no narrower than an input pixel.
-    A pixel that a box covers in part counts in part, so a crop never shows what is outside its box and moves smoothly with
-    it. All on the device of the images, without waiting for it.
+    antialias=True)``: the triangle filter as wide as the step between output pixels, and no narrower than an input
+    pixel. A pixel that a box covers in part counts in part, so a crop never shows what is outside its box and moves
+    smoothly with it. All on the device of the images, without waiting for it.
 
     Args:
         images: ``(B, C, H, W)``, floating.
-        boxes: ``(R, 4)``, relative to the image; clamped to it. An axis without extent shows the one pixel at its centre.
+        boxes: ``(R, 4)``, relative to the image; clamped to it. An axis without extent shows the one pixel at its
+            centre.
         image_index: ``(R,)`` integer, the image of each box.
         size: of every crop, one integer or ``(height, width)``.
 
@@ -57,9 +58,10 @@ def crop_boxes(images: Tensor, boxes: Tensor, image_index: Tensor, size: int | S
     _check_crop(images, boxes, image_index, height, width)
     compute = torch.promote_types(images.dtype, torch.float32)
     edges = boxes.detach().to(compute).clamp(0, 1)
-    image_height, image_width = images.shape[-2:]
-    per_region = images[0].numel() + images.shape[1] * height * image_width + height * image_height + width * image_width
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, per_region))
+    channels, image_height, image_width = images.shape[1:]
+    pixels = channels * image_width * (image_height + height)  # of the gathered image, and of it resized along one axis
+    per_region = pixels + height * image_height + width * image_width
+    chunk = max(1, _CHUNK_ELEMENTS // per_region)
     crops = []
     for part, index in zip(edges.split(chunk), image_index.long().split(chunk), strict=True):
         rows = _resize_weights(part[:, 1] * image_height, part[:, 3] * image_height, height, image_height)
@@ -90,12 +92,15 @@ def _check_crop(images: Tensor, boxes: Tensor, image_index: Tensor, height: int,
             f"crop_boxes: images: expected floating (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}"
         )
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"crop_boxes: boxes: expected floating (R, 4), got {boxes.dtype} of shape {tuple(boxes.shape)}")
+        raise ValueError(
+            f"crop_boxes: boxes: expected floating (R, 4), got {boxes.dtype} of shape {tuple(boxes.shape)}"
+        )
     if image_index.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"crop_boxes: image_index: expected an integer tensor, got {image_index.dtype}")
     if image_index.shape != boxes.shape[:1]:
         raise ValueError(
-            f"crop_boxes: image_index: expected shape ({boxes.shape[0]},) to match boxes, got {tuple(image_index.shape)}"
+            f"crop_boxes: image_index: expected shape ({boxes.shape[0]},) to match boxes, "
+            f"got {tuple(image_index.shape)}"
         )
     if height < 1 or width < 1:
         raise ValueError(f"crop_boxes: size: expected height and width of at least 1, got ({height}, {width})")
@@ -105,12 +110,13 @@ def _check_crop(images: Tensor, boxes: Tensor, image_index: Tensor, height: int,
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"crop_boxes: boxes: expected x0 <= x1 and y0 <= y1 relative to the image, 0 to 1, got {boxes[row].tolist()} "
-            f"in row {row}"
+            f"crop_boxes: boxes: expected x0 <= x1 and y0 <= y1 relative to the image, 0 to 1, "
+            f"got {boxes[row].tolist()} in row {row}"
         )
     outside = (image_index < 0) | (image_index >= images.shape[0])
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"crop_boxes: image_index: expected values in [0, {images.shape[0]}), got {int(image_index[row])} in row {row}"
+            f"crop_boxes: image_index: expected values in [0, {images.shape[0]}), "
+            f"got {int(image_index[row])} in row {row}"
         )

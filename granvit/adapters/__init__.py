@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["segment_anything", "timm", "transformers"]  # noqa: F822: found by __getattr__
+__all__ = ["segment_anything", "timm", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ class Grid(NamedTuple):
 
     Attributes:
         size: rows and columns of patches.
-        frame: height and width in pixels that they cover, from the upper left corner. Another size than the image's where
-            the patch size does not divide it.
+        frame: height and width in pixels that they cover, from the upper left corner. Not the image's size where the
+            patch size does not divide it.
     """
 
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 
 
 class Attend(Protocol):
-    """:func:`granvit.ops.region_attention` with the regions filled in: ``query (Q, heads, dim)``, the same for all regions."""
+    """:func:`granvit.ops.region_attention` with the regions filled in, and one ``query (Q, heads, dim)`` for all."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns ``(R, Q, heads * dim)``."""
@@ -37,18 +37,20 @@ class Attend(Protocol):
 class BaseRegionEncoder(nn.Module, ABC):
     """A foreign ViT that looks at boxes.
 
-    All methods take ``images (B, 3, H, W)``, prepared as the model wants them; ``boxes (R, 4)`` float32, ``x0 y0 x1 y1``
-    relative to the image as it is given, 0 to 1; and ``image_index (R,)``, the image of each box. Where the patch size does
-    not divide the image, boxes are moved to the frame that the grid covers.
+    All methods take ``images (B, 3, H, W)``, prepared as the model wants them; ``boxes (R, 4)`` float32, ``x0 y0 x1
+    y1`` relative to the image as it is given, 0 to 1; and ``image_index (R,)``, the image of each box. Where the patch
+    size does not divide the image, boxes are moved to the frame that the grid covers.
 
-    To run the ViT once for several calls, give each the ``tokens=`` that :meth:`tokens` returned; `images` then only tells
-    their size. Calling the encoder is calling :meth:`tokens`, so under DDP or FSDP run the wrapped encoder for the tokens,
-    and the methods on them.
+    To run the ViT once for several calls, give each the ``tokens=`` that :meth:`tokens` returned; `images` then only
+    tells their size. Calling the encoder is calling :meth:`tokens`, so under DDP or FSDP run the wrapped encoder for
+    the tokens, and the methods on them.
 
     Attributes:
         model: the foreign model, as it was given.
         pool: the module that :meth:`region_pool` uses, or None for the model's own attention-pooling head.
     """
+
+    model: Any
 
     def __init__(self, model: nn.Module, *, pool: nn.Module | None = None) -> None:
         super().__init__()
@@ -189,7 +191,8 @@ class BaseRegionEncoder(nn.Module, ABC):
             size: of the crops as the model sees them, one integer or ``(height, width)``; None is the images' size.
 
         Returns:
-            ``(R, h*w, C)`` and ``(h, w)``. The grid covers the box exactly, also where the patch size does not divide `size`.
+            ``(R, h*w, C)`` and ``(h, w)``. The grid covers the box exactly, also where the patch size does not divide
+            `size`.
         """
         if size is None:
             size = self._image_size(images)
@@ -205,9 +208,7 @@ class BaseRegionEncoder(nn.Module, ABC):
             raise ValueError(f"RegionEncoder: images: expected shape (B, C, H, W), got {tuple(images.shape)}")
         return images.shape[-2], images.shape[-1]
 
-    def _prepare(
-        self, images: Tensor, boxes: Tensor, tokens: Tensor | None
-    ) -> tuple[Tensor, tuple[int, int], Tensor]:
+    def _prepare(self, images: Tensor, boxes: Tensor, tokens: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor]:
         size = self._image_size(images)
         grid = self.grid(size)
         if tokens is None:

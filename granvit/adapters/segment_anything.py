@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +13,13 @@ from granvit.nn import BoxEmbedding
 class BoxPromptEncoder(nn.Module):
     """The sparse embeddings that Segment Anything's prompt encoder (Kirillov et al. 2023) gives for boxes.
 
-    SAM embeds each corner of a box as ``[sin u, cos u]`` with ``u = 2 pi (2 c - 1) G``, G Gaussian, plus a learned vector for
-    each of the two corners. That is one box embedding: G on the block diagonal of the frequencies, linear layers that only
-    reorder (``gelu(x) - gelu(-x) = x`` undoes the GELU between them), and the corner vectors as the last bias.
+    SAM embeds each corner of a box as ``[sin u, cos u]`` with ``u = 2 pi (2 c - 1) G``, G Gaussian, plus a learned
+    vector for each of the two corners. That is one box embedding: G on the block diagonal of the frequencies, linear
+    layers that only reorder (``gelu(x) - gelu(-x) = x`` undoes the GELU between them), and the corner vectors as the
+    last bias.
 
-    State dict: that of a :class:`granvit.nn.BoxEmbedding` under ``embedding.``. The parameters are copies and start frozen;
-    ``requires_grad_()`` makes the module trainable.
+    State dict: that of a :class:`granvit.nn.BoxEmbedding` under ``embedding.``. The parameters are copies and start
+    frozen; ``requires_grad_()`` makes the module trainable.
 
     Args:
         prompt_encoder: transformers' `SamPromptEncoder` (``SamModel.prompt_encoder``), or Meta's `PromptEncoder`.
@@ -65,7 +68,7 @@ class BoxPromptEncoder(nn.Module):
         return f"input_size={self.input_size}"
 
 
-def _read(prompt_encoder: nn.Module) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _read(prompt_encoder: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """SAM's Gaussian matrix ``(2, M)``, the vectors of both corners ``(4M,)``, and the input size."""
     if hasattr(prompt_encoder, "shared_embedding") and hasattr(prompt_encoder, "point_embed"):
         gaussian = prompt_encoder.shared_embedding.positional_embedding

@@ -15,17 +15,18 @@ except ImportError as error:
 class RegionEncoder(BaseRegionEncoder):
     """A timm ViT that looks at boxes: ``RegionEncoder(timm.create_model(...))``.
 
-    For models whose ``forward_features`` returns prefix tokens and then one token a patch: VisionTransformer, Eva (DINOv3,
-    EVA-02), BEiT, DeiT and their like. Tokens are what ``forward_features`` returns (after the final norm, unless the model
-    has it behind the pooling) less ``num_prefix_tokens``. For other image sizes than the model's, create it with
-    ``dynamic_img_size=True``.
+    For models whose ``forward_features`` returns prefix tokens and then one token a patch: VisionTransformer, Eva
+    (DINOv3, EVA-02), BEiT, DeiT and their like. Tokens are what ``forward_features`` returns (after the final norm,
+    unless the model has it behind the pooling) less ``num_prefix_tokens``. For other image sizes than the model's,
+    create it with ``dynamic_img_size=True``.
 
-    :meth:`region_pool` follows ``forward_head(..., pre_logits=True)`` where the model pools with an `AttentionPoolLatent`
-    over its patches (``global_pool="map"``).
+    :meth:`region_pool` follows ``forward_head(..., pre_logits=True)`` where the model pools with an
+    `AttentionPoolLatent` over its patches (``global_pool="map"``).
 
     Args:
         model: the timm model.
-        pool: pools the tokens of a box in place of the model's head, for example a :class:`granvit.nn.RegionAttentionPool`.
+        pool: pools the tokens of a box in place of the model's head, for example a
+            :class:`granvit.nn.RegionAttentionPool`.
 
     Raises:
         TypeError: `model` has no patch embedding with a grid or no ``num_prefix_tokens``.
@@ -39,8 +40,8 @@ class RegionEncoder(BaseRegionEncoder):
             and hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size")
         ):
             raise TypeError(
-                "granvit.adapters.timm.RegionEncoder: model: expected a timm ViT with forward_features, num_prefix_tokens "
-                f"and patch_embed.dynamic_feat_size, got {type(model).__name__}"
+                "granvit.adapters.timm.RegionEncoder: model: expected a timm ViT with forward_features, "
+                f"num_prefix_tokens and patch_embed.dynamic_feat_size, got {type(model).__name__}"
             )
 
     def grid(self, image_size: tuple[int, int]) -> Grid:

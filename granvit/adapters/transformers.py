@@ -28,16 +28,17 @@ class RegionEncoder(BaseRegionEncoder):
     """A transformers vision model that looks at boxes: ``RegionEncoder(SiglipVisionModel.from_pretrained(...))``.
 
     For SigLIP (and SigLIP 2 of fixed resolution, which loads as SigLIP), CLIP, DINOv2 with and without registers, and
-    DINOv3 ViT. A SigLIP or CLIP model with a text tower is taken for its vision tower. Tokens are ``last_hidden_state`` as
-    the model returns it, less class and register tokens: after the final norm, except for CLIP, which applies its final norm
-    to the class token only. For another image size than the configured one, position embeddings are interpolated by the
-    model's own method.
+    DINOv3 ViT. A SigLIP or CLIP model with a text tower is taken for its vision tower. Tokens are ``last_hidden_state``
+    as the model returns it, less class and register tokens: after the final norm, except for CLIP, which applies its
+    final norm to the class token only. For another image size than the configured one, position embeddings are
+    interpolated by the model's own method.
 
     :meth:`region_pool` follows SigLIP's attention-pooling head; the other models have none.
 
     Args:
         model: the vision model.
-        pool: pools the tokens of a box in place of the model's head, for example a :class:`granvit.nn.RegionAttentionPool`.
+        pool: pools the tokens of a box in place of the model's head, for example a
+            :class:`granvit.nn.RegionAttentionPool`.
 
     Raises:
         TypeError: `model` is not one of these.

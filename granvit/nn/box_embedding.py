@@ -20,9 +20,9 @@ class BoxEmbedding(nn.Module):
     See :func:`granvit.ops.box_embedding`.
 
     State dict: ``frequencies (4, num_frequencies)``, ``w1 (hidden_dim, 2 * num_frequencies)``, ``b1 (hidden_dim,)``,
-    ``w2 (embed_dim, hidden_dim)``, ``b2 (embed_dim,)``, the names of the op's arguments. `frequencies` is a buffer, or a
-    parameter with ``learnable=True``, under the same name. It stays float32 when the module is cast to a narrower dtype:
-    a phase of many turns has no digits to lose.
+    ``w2 (embed_dim, hidden_dim)``, ``b2 (embed_dim,)``, the names of the op's arguments. `frequencies` is a buffer, or
+    a parameter with ``learnable=True``, under the same name. It stays float32 when the module is cast to a narrower
+    dtype: a phase of many turns has no digits to lose.
 
     Args:
         embed_dim: channels of the embedding.
@@ -72,8 +72,8 @@ class BoxEmbedding(nn.Module):
             self.frequencies = nn.Parameter(frequencies)
         else:
             self.register_buffer("frequencies", frequencies)
-        # Bare parameters, not Linear modules: the op reads the weights itself, and a Linear whose forward is never called
-        # would silently drop whatever is hooked onto it (LoRA, quantisation).
+        # Bare parameters, not Linear modules: the op reads the weights itself, and a Linear whose forward is never
+        # called would silently drop whatever is hooked onto it (LoRA, quantisation).
         self.w1 = nn.Parameter(torch.empty(hidden_dim, 2 * num_frequencies, device=device, dtype=dtype))
         self.b1 = nn.Parameter(torch.empty(hidden_dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(embed_dim, hidden_dim, device=device, dtype=dtype))
@@ -88,17 +88,24 @@ class BoxEmbedding(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, boxes: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    def forward(
+        self, boxes: Tensor, *, out: Tensor | None = None, index: Tensor | None = None, inplace: bool = False
+    ) -> Tensor:
         """Boxes ``(R, 4)`` to embeddings ``(R, embed_dim)``, or to a token sequence that holds them.
+
+        Under autocast the linear layers run in its dtype, as those of PyTorch do; the frequencies stay as they are.
 
         Args:
             boxes: float32, ``x0 y0 x1 y1`` relative to the image, 0 to 1.
             out: ``(T, embed_dim)``, a token sequence; the result is a copy of it with the embeddings in rows `index`.
             index: ``(R,)`` integer, with `out`.
+            inplace: with `out` and without gradients, write into `out` itself.
         """
-        return box_embedding(
-            boxes, self.frequencies, self.w1, self.b1, self.w2, self.b2, out=out, index=index, impl=self.impl
-        )
+        dtype, device = self.w1.dtype, boxes.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        weights = (self.w1.to(dtype), self.b1.to(dtype), self.w2.to(dtype), self.b2.to(dtype))
+        return box_embedding(boxes, self.frequencies, *weights, out=out, index=index, inplace=inplace, impl=self.impl)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         frequencies = self.frequencies

@@ -70,9 +70,7 @@ class RegionAttentionPool(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def forward(
-        self, tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Sequence[int] | Tensor
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Sequence[int] | Tensor) -> Tensor:
         """Tokens ``(B, H*W, embed_dim)`` or packed ``(T, embed_dim)`` to ``(R, num_queries, embed_dim)``.
 
         Args:

@@ -24,9 +24,7 @@ class RoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.impl = impl
 
-    def forward(
-        self, tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Sequence[int] | Tensor
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, boxes: Tensor, image_index: Tensor, grid_size: Sequence[int] | Tensor) -> Tensor:
         """Tokens ``(B, H*W, C)`` or packed ``(T, C)`` to region features ``(R, h*w, C)``."""
         return roi_align(
             tokens,

@@ -180,6 +180,8 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     return (grad, *[None] * 14)
 
 
+_dispatch.declare("region_distill")
+
 if hasattr(torch.ops.granvit, "region_distill"):
 
     @torch.library.register_fake("granvit::region_distill")

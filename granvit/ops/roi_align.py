@@ -119,6 +119,8 @@ def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_cells, *[None] * 10)
 
 
+_dispatch.declare("roi_align")
+
 if hasattr(torch.ops.granvit, "roi_align"):
 
     @torch.library.register_fake("granvit::roi_align")

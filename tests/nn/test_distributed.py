@@ -1,4 +1,4 @@
-"""The modules under DDP and FSDP2: two processes with half of the batch each make the gradients of one with all of it."""
+"""The modules under DDP and FSDP2: two processes with half a batch each make the gradients of one with all."""
 
 import os
 import socket

@@ -96,6 +96,10 @@ def test_box_embedding_is_the_op_and_writes_into_a_sequence():
     before = sequence.clone()
     torch.testing.assert_close(module(boxes, out=sequence, index=index), sequence.index_copy(0, index, embedding))
     assert torch.equal(sequence, before)
+    with torch.no_grad():
+        written = module(boxes, out=sequence, index=index, inplace=True)
+    assert written is sequence
+    torch.testing.assert_close(sequence, before.index_copy(0, index, embedding))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,12 @@ def test_box_embedding_is_the_op_and_writes_into_a_sequence():
         ("RegionDistillLoss", []),
         (
             "RegionAttentionPool",
-            ["query", *(f"{p}_proj.{w}" for p in "qkv" for w in ("weight", "bias")), "out_proj.weight", "out_proj.bias"],
+            [
+                "query",
+                *(f"{p}_proj.{w}" for p in "qkv" for w in ("weight", "bias")),
+                "out_proj.weight",
+                "out_proj.bias",
+            ],
         ),
         ("BoxEmbedding", ["w1", "b1", "w2", "b2", "frequencies"]),
     ],
@@ -243,6 +252,18 @@ def test_autocast_and_bfloat16_stay_near_float32(kind):
         scale = exact[name].abs().max().item()
         # k_proj's bias moves all scores of a softmax alike: its exact gradient is zero, and only rounding is left.
         torch.testing.assert_close(p.grad, exact[name], rtol=0.05, atol=0.05 * scale + 1e-3)
+
+
+def test_box_embedding_writes_into_a_narrow_sequence_under_autocast():
+    _, boxes, _, _ = inputs()
+    module = make("BoxEmbedding")
+    sequence = torch.randn(40, CHANNELS).to(torch.bfloat16)
+    index = torch.arange(len(boxes))
+    with torch.autocast("cpu", torch.bfloat16):
+        written = module(boxes, out=sequence, index=index)
+        assert make("BoxEmbedding", dtype=torch.float64)(boxes).dtype == torch.float64
+    assert written.dtype == torch.bfloat16
+    torch.testing.assert_close(written[: len(boxes)].float(), module(boxes), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
