@@ -45,7 +45,8 @@ def _set_up(report: dict[str, Any]) -> str:
 
 
 def _table(title: str, columns: list[str], caption: str = "") -> Table:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    style: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD}
+    table = Table(title=title, caption=caption, pad_edge=False, collapse_padding=True, **style)
     for column, heading in enumerate(columns):
         table.add_column(heading, justify="right" if column else "left", no_wrap=True)
     return table
@@ -55,14 +56,14 @@ def _agreement(report: dict[str, Any]) -> Table:
     table = _table(
         "Granvit computes what stock PyTorch computes",
         ["error relative to the result", "stock", "granvit", "allowed"],
-        "Ops alone: against stock operations in float64.",
+        "The step is held against the stock step, the ops alone against stock operations in float64.",
     )
     step = report["step"]
     for what, difference in (
         (f"step fp32, loss {step['loss']['granvit']:.6f}", step["loss_difference"]),
-        (f"step fp32, worst of {step['parameters']} gradients in the ViT", step["worst_gradient_difference"]),
+        (f"step fp32, worst of {step['parameters']} gradients of the ViT", step["worst_gradient_difference"]),
     ):
-        table.add_row(what, "the measure", f"{difference:.0e}", f"{step['limit']:.0e}")
+        table.add_row(what, "-", f"{difference:.0e}", f"{step['limit']:.0e}")
     for row in report["region_part"]:
         errors = (row["error"]["stock"], row["error"]["granvit"], row["limit"])
         table.add_row(_op(row), *[f"{error:.0e}" for error in errors])
