@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from granvit.errors import UserError
 
-class AgreementError(RuntimeError):
+
+class AgreementError(UserError, RuntimeError):
     """The fused op and its stock counterpart gave different numbers."""
 
 

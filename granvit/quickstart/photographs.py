@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from granvit import geometry
+from granvit.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +33,7 @@ class Photograph:
         """Where the file lies. Found without importing the package, whose own loaders may reach for the network."""
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
-            raise ImportError(
+            raise MissingDependencyError(
                 f"quickstart: the photograph {self.name} is part of {self.package}, which is not installed"
             )
         path = Path(spec.origin).parent / self.file

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import Tensor
 
 import granvit
+from granvit.errors import MissingDependencyError
 from granvit.quickstart import compare, measure, photographs, picture, tables
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run(
         What ``report.json`` holds: every number that was printed.
 
     Raises:
-        ImportError: an optional dependency is missing.
+        MissingDependencyError: an optional dependency is missing.
         AgreementError: granvit and stock PyTorch differ by more than rounding.
         ValueError: an argument out of range.
     """
@@ -123,10 +124,10 @@ def run(
 
 
 def check_dependencies() -> None:
-    """Raises ImportError in one sentence where something beyond granvit's own dependencies is missing."""
+    """Raises MissingDependencyError in one sentence where something beyond granvit's own dependencies is missing."""
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ImportError(f"quickstart needs {', '.join(missing)}: pip install 'granvit[quickstart]'")
+        raise MissingDependencyError(f"quickstart needs {', '.join(missing)}: pip install 'granvit[quickstart]'")
 
 
 @contextmanager
