@@ -15,7 +15,7 @@ BOX_RANGE = (-1.0, 2.0)
 
 @dataclass(frozen=True)
 class Grid:
-    """Grids in the form that the registered ops take: one (height, width), or a tensor of them, on the CPU for CPU ops."""
+    """Grids in the form that the registered ops take: one (height, width), or an int64 tensor of them."""
 
     sizes: Tensor | None
     height: int
@@ -102,7 +102,7 @@ def grids(op: str, argument: str, value: int | Sequence[int] | Tensor, rows: int
 
 
 def tokens(op: str, argument: str, t: object, grid: Grid, trailing: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense ``(B, H*W, ...)`` or packed ``(T, ...)`` tokens with `trailing` own dimensions, the last ones contiguous."""
+    """Dense ``(B, H*W, ...)`` or packed ``(T, ...)`` tokens with `trailing` own dimensions; made contiguous there."""
     t = floating(op, argument, t, dtype)
     lead = 1 if grid.packed else 2
     names = {1: "C", 2: "heads, dim"}[trailing]
@@ -148,9 +148,7 @@ def values(op: str, boxes: Tensor, image_index: Tensor, num_images: int) -> None
     ordered = (boxes[:, 0] <= boxes[:, 2]) & (boxes[:, 1] <= boxes[:, 3]) & boxes.isfinite().all(1)
     if not bool(ordered.all()):
         row = int((~ordered).nonzero()[0])
-        raise ValueError(
-            f"{op}: boxes: expected finite x0 <= x1 and y0 <= y1, got {boxes[row].tolist()} in row {row}"
-        )
+        raise ValueError(f"{op}: boxes: expected finite x0 <= x1 and y0 <= y1, got {boxes[row].tolist()} in row {row}")
     near = ((boxes >= BOX_RANGE[0]) & (boxes <= BOX_RANGE[1])).all(1)
     if not bool(near.all()):
         row = int((~near).nonzero()[0])

@@ -132,6 +132,8 @@ def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...
     return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 6)
 
 
+_dispatch.declare("region_attention")
+
 if hasattr(torch.ops.granvit, "region_attention"):
 
     @torch.library.register_fake("granvit::region_attention")

@@ -31,29 +31,30 @@ def region_distill_loss(
 ) -> Tensor:
     """Distance between a region of the student's map and the teacher's features of the same region's crop.
 
-    GranViT's self-distillation (arXiv 2510.21501): the teacher saw the crop of each box, the student saw the whole image,
-    ``L = mean((teacher - roi_align(student))^2)``. With ``loss="cosine"`` it is ``1 - cosine`` per cell, averaged, as in
-    CLIPSelf (arXiv 2310.01403). The aligned map is never written to memory; with ``reduction="mean"`` the student's
-    gradient is made in the same pass as the loss.
+    GranViT's self-distillation (arXiv 2510.21501): the teacher saw the crop of each box, the student saw the whole
+    image, ``L = mean((teacher - roi_align(student))^2)``. With ``loss="cosine"`` it is ``1 - cosine`` per cell, averaged,
+    as in CLIPSelf (arXiv 2310.01403). The aligned map is never written to memory; with ``reduction="mean"`` the
+    student's gradient is made in the same pass as the loss.
 
     Args:
-        student: tokens of the whole images, dense ``(B, H*W, C)`` or packed ``(T, C)``; float32, bfloat16, float16 or float64.
-        teacher: tokens of the crops, ``(R, h*w, C)``, or packed ``(sum of h*w, C)`` with an `output_size` per region. The
-            dtype of `student`. Gets no gradient.
+        student: tokens of the whole images, dense ``(B, H*W, C)`` or packed ``(T, C)``; float32, bfloat16, float16 or
+            float64.
+        teacher: tokens of the crops, ``(R, h*w, C)``, or packed ``(sum of h*w, C)`` with an `output_size` per region.
+            The dtype of `student`. Gets no gradient.
         boxes: ``(R, 4)`` float32, ``x0 y0 x1 y1`` relative to the image, 0 to 1. Treated as constant.
         image_index: ``(R,)`` integer, the image of each box.
         grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)`` on the CPU.
         output_size: the teacher's grid: one integer or ``(h, w)``, or an integer tensor ``(R, 2)`` on the CPU.
         loss: ``"mse"`` or ``"cosine"``.
         reduction: ``"mean"`` over all elements (cosine: cells), ``"none"`` for the mean of each region, ``(R,)``.
-        weight: ``(R,)``, with ``reduction="mean"``: the loss is the weighted mean of the regions' means, and 0 where the
-            weights sum to 0. Treated as constant; weigh the result of ``reduction="none"`` to learn weights.
+        weight: ``(R,)``, with ``reduction="mean"``: the loss is the weighted mean of the regions' means, and 0 where
+            the weights sum to 0. Treated as constant; weigh the result of ``reduction="none"`` to learn weights.
         sampling_ratio: as in :func:`granvit.ops.roi_align`.
         impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None picks the best that can run.
 
     Returns:
-        A scalar, or ``(R,)``, in float32 (float64 for float64 inputs). Without regions the scalar is 0 with a zero gradient.
-        Differentiable once in `student` (``impl="reference"``: any number of times).
+        A scalar, or ``(R,)``, in float32 (float64 for float64 inputs). Without regions the scalar is 0 with a zero
+        gradient. Differentiable once in `student` (``impl="reference"``: any number of times).
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; the text names it.
@@ -179,6 +180,8 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         )
     return (grad, *[None] * 14)
 
+
+_dispatch.declare("region_distill")
 
 if hasattr(torch.ops.granvit, "region_distill"):
 

@@ -15,7 +15,13 @@ from tests.support import DTYPES, Case, assert_within_budget, dense_case, packed
 
 
 def stock_loss(
-    student: Tensor, teacher: Tensor, case: Case, size: tuple[int, int], loss: str, reduction: str, weight: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    case: Case,
+    size: tuple[int, int],
+    loss: str,
+    reduction: str,
+    weight: Tensor | None,
 ) -> Tensor:
     """What people write today: torchvision's map, then a loss of torch.nn.functional, in the tokens' dtype."""
     aligned = stock_roi_align(student, case, size)
@@ -29,7 +35,7 @@ def stock_loss(
 
 
 def keep_inside(case: Case, loss: str) -> None:
-    """Cells outside the image align to exact zeros, of which stock PyTorch's float16 cosine is NaN: nothing to compare."""
+    """Cells outside the image align to exact zeros, of which stock PyTorch's float16 cosine is NaN."""
     if loss == "cosine":
         case.boxes.clamp_(0, 1)
         case.boxes[8] = torch.tensor([0.1, 0.1, 0.4, 0.2])
@@ -40,7 +46,9 @@ def keep_inside(case: Case, loss: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted", "none"])
-@pytest.mark.parametrize(("grid", "channels", "size"), [((13, 17), 37, (7, 5)), ((9, 5), 290, (6, 9)), ((1, 2), 3, (1, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grid", "channels", "size"), [((13, 17), 37, (7, 5)), ((9, 5), 290, (6, 9)), ((1, 2), 3, (1, 1))]
+)
 def test_matches_the_float64_reference(
     impl: str,
     dtype: torch.dtype,
@@ -60,7 +68,8 @@ def test_matches_the_float64_reference(
     def loss_and_gradient(x: Tensor, teacher: Tensor, impl: str) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
         value = region_distill_loss(
-            x, teacher, case.boxes, case.image_index, grid, size, loss=loss, reduction=reduction, weight=weight, impl=impl
+            x, teacher, case.boxes, case.image_index, grid, size,
+            loss=loss, reduction=reduction, weight=weight, impl=impl,
         )  # fmt: skip
         assert value.dtype == torch.promote_types(x.dtype, torch.float32)
         value.backward(upstream.to(value.dtype))
@@ -92,9 +101,7 @@ def test_packed_grids_on_both_sides(dtype: torch.dtype, loss: str) -> None:
 
     def run(x: Tensor, t: Tensor, impl: str) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
-        value = region_distill_loss(
-            x, t, case.boxes, case.image_index, case.grid_size, sizes, loss=loss, impl=impl
-        )
+        value = region_distill_loss(x, t, case.boxes, case.image_index, case.grid_size, sizes, loss=loss, impl=impl)
         value.backward()
         return value.detach(), x.grad
 

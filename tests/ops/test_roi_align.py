@@ -28,7 +28,7 @@ IMPLS = ("cpu", "reference")
 
 
 def stock_roi_align(tokens: Tensor, case: Case, output_size: tuple[int, int], sampling_ratio: int = 2) -> Tensor:
-    """torchvision on the (B, C, H, W) map, in the dtype that it accepts: float32 or wider, rounded to the tokens' dtype."""
+    """torchvision on the (B, C, H, W) map, in float32 or wider as it wants, rounded to the tokens' dtype."""
     height, width = case.grid_size
     wide = torch.promote_types(tokens.dtype, torch.float32)
     maps = tokens.to(wide).transpose(1, 2).unflatten(2, (height, width))
@@ -60,9 +60,7 @@ def test_matches_the_float64_reference(
 
     def run(x: Tensor, **options: str) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
-        out = roi_align(
-            x, case.boxes, case.image_index, grid, output_size, sampling_ratio=sampling_ratio, **options
-        )
+        out = roi_align(x, case.boxes, case.image_index, grid, output_size, sampling_ratio=sampling_ratio, **options)
         out.backward(grad.to(x.dtype))
         assert out.dtype == x.dtype
         return out.detach(), x.grad
@@ -144,7 +142,8 @@ def test_strided_tokens() -> None:
     with_class_token = torch.randn(3, 43, 24)
     fused = torch.randn(3, 42, 2, 24)
     channels_first = torch.randn(3, 24, 42)
-    for tokens in (with_class_token[:, 1:], fused[:, :, 1], channels_first.transpose(1, 2), torch.randn(1, 42, 24).expand(3, -1, -1)):  # fmt: skip
+    broadcast = torch.randn(1, 42, 24).expand(3, -1, -1)
+    for tokens in (with_class_token[:, 1:], fused[:, :, 1], channels_first.transpose(1, 2), broadcast):
         args = (case.boxes, case.image_index, case.grid_size, 3)
         assert torch.equal(roi_align(tokens, *args, impl="cpu"), roi_align(tokens.contiguous(), *args, impl="cpu"))
 
@@ -272,8 +271,8 @@ def test_the_same_bits_every_time() -> None:
 def test_any_boxes_grids_and_counts(data: st.DataObject) -> None:
     edge = st.floats(-0.5, 1.5, width=32)
     count = data.draw(st.integers(0, 6))
-    boxes = [[*sorted(pair[::2]), *sorted(pair[1::2])] for pair in data.draw(st.lists(st.tuples(edge, edge, edge, edge), min_size=count, max_size=count))]  # fmt: skip
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)[:, [0, 2, 1, 3]]
+    boxes = torch.tensor([[data.draw(edge) for _ in range(4)] for _ in range(count)], dtype=torch.float32)
+    boxes = boxes.reshape(-1, 2, 2).sort(1).values.flatten(1)
     images = data.draw(st.integers(1, 3))
     grids = torch.tensor([[data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))] for _ in range(images)])
     sizes = [[data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))] for _ in range(count)]
@@ -336,7 +335,7 @@ def test_wrong_input_gets_one_sentence(impl: str, change: dict, error: type[Exce
 
 def test_other_devices_are_named() -> None:
     case = dense_case(6, 7)
-    with pytest.raises(ValueError, match="boxes: expected a tensor on cpu, got float32 of shape .* on meta"):
+    with pytest.raises(ValueError, match=r"boxes: expected a tensor on cpu, got float32 of shape .* on meta"):
         roi_align(case.tokens(8), case.boxes.to("meta"), case.image_index, (6, 7), 3)
 
 
