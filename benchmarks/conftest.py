@@ -67,11 +67,10 @@ def session(request: pytest.FixtureRequest) -> Session:
     """Measures the machine, then every case."""
     config = request.config
     device = _device(config)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("this suite needs a CUDA device, and torch sees none; --device cpu runs it on the CPU")
     suite = workloads.SUITES[config.getoption("--suite")]
     bandwidth = machine.copy_bandwidth(device)
     needed = {dtype for selection in suite.selections for dtype in selection.dtypes}
+    needed &= set(config.getoption("--dtype") or needed)
     rates = {dtype: machine.matmul_rate(device, workloads.DTYPES[dtype]) for dtype in sorted(needed)}
     config.stash[_SESSION] = Session(device, suite.passes, suite.seconds, bandwidth, rates)
     return config.stash[_SESSION]
@@ -143,3 +142,5 @@ _CONFIG: list[pytest.Config] = []  # the two hooks above are not given it
 
 def pytest_configure(config: pytest.Config) -> None:
     _CONFIG[:] = [config]
+    if _device(config).type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("this needs a CUDA device, and torch sees none; with the device cpu it runs on the CPU")

@@ -97,7 +97,8 @@ class Group:
         self._exact: tuple[Tensor, ...] = ()
         self._allowed: list[float] = []
         self._checked: dict[str, tuple[bool, float]] = {}
-        self._entries: dict[str, Entry | SkippedProviderError] = {}
+        self._entries: dict[str, Entry] = {}
+        self._skipped: dict[str, str] = {}
 
     def entry(self, provider: Provider) -> Entry:
         """The provider, run once and checked.
@@ -105,15 +106,14 @@ class Group:
         Raises:
             SkippedProviderError: it cannot run here.
         """
-        if provider.name not in self._entries:
+        if provider.name not in self._entries and provider.name not in self._skipped:
             try:
                 self._entries[provider.name] = self._look(provider)
             except SkippedProviderError as reason:
-                self._entries[provider.name] = reason
-        entry = self._entries[provider.name]
-        if isinstance(entry, SkippedProviderError):
-            raise entry
-        return entry
+                self._skipped[provider.name] = str(reason)
+        if provider.name in self._skipped:
+            raise SkippedProviderError(self._skipped[provider.name])
+        return self._entries[provider.name]
 
     def _look(self, provider: Provider) -> Entry:
         if not self._exact:
@@ -141,7 +141,7 @@ class Group:
             return call()
         except (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError) as error:
             first = str(error).strip().splitlines() or [""]
-            raise SkippedProviderError(f"{type(error).__name__}: {first[0][:200]}") from error
+            raise SkippedProviderError(f"{type(error).__name__}: {first[0][:200]}") from None
 
     def _caller(self, function: Callable[..., Tensor], problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
         if self.mode == "forward":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 
 import granvit
+
+
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of others: taken before anything runs
 
 
 def synchronize(device: torch.device) -> None:
@@ -56,6 +60,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "granvit": granvit.__version__,
         "threads": torch.get_num_threads(),
+        "load": LOAD,
         "isa": core.cpu_isa() if core is not None else None,
         "core": granvit.EXTENSION.core_reason or "loaded",
     }

@@ -55,9 +55,9 @@ class Provider:
         return torch.compile(self.function) if self.compiled else self.function
 
 
-def compiled(provider: Provider, *, sweep: bool = False) -> Provider:
-    """The same provider through torch.compile."""
-    return dataclasses.replace(provider, name=f"{provider.name}_compiled", compiled=True, sweep=sweep)
+def compiled(provider: Provider) -> Provider:
+    """The same provider through torch.compile; not in sweeps, where every size would be compiled anew."""
+    return dataclasses.replace(provider, name=f"{provider.name}_compiled", compiled=True, sweep=False)
 
 
 def ours(op: str, function: Callable[..., Tensor]) -> tuple[Provider, ...]:

@@ -159,7 +159,7 @@ class Suite:
 
     selections: tuple[Selection, ...]
     passes: int = 3
-    seconds: float = 0.25
+    seconds: float = 0.1
     device: str | None = field(default=None)
 
 

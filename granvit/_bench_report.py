@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "granvit"
+BUSY = 0.7  # running processes, by the system's one-minute average, beyond which other work is in the times
 SWEEPS = {"boxes": "boxes", "grid": "grid side, tokens"}
 
 # What the package claims on a CPU: (op, times as fast as torchvision, times as fast as the best stock form).
@@ -175,8 +176,8 @@ def sweep_table(cases: list[Row]) -> Table:
     return t
 
 
-def targets(cases: list[Row]) -> list[tuple[str, bool]]:
-    """A line on each CPU target that the data can decide, and whether it held."""
+def targets(cases: list[Row]) -> list[tuple[str, bool | None]]:
+    """A line on each CPU target of the cases that were run, and whether it held; None where the data cannot tell."""
     lines = []
     for op, over_torchvision, over_stock in CPU_TARGETS:
         for key, group in groups(row for row in cases if row.op == op and row.sweep() is None).items():
@@ -191,12 +192,15 @@ def targets(cases: list[Row]) -> list[tuple[str, bool]]:
     return lines
 
 
-def _verdict(case: str, what: str, peer: Row | None, factor: float, ratio: float | None) -> tuple[str, bool]:
+_HELD = {True: "[green]held[/]  ", False: "[red]missed[/]", None: "[yellow]open[/]  "}
+
+
+def _verdict(case: str, what: str, peer: Row | None, factor: float, ratio: float | None) -> tuple[str, bool | None]:
     if peer is None:
-        return f"{case}: not decided against {what}: no such peer ran with the right results", False
+        return f"{case} against {what}: no such peer ran with the right results", None
     name = what if peer.provider == what else f"{what} ({peer.provider})"
     if ratio is None:
-        return f"{case}: not decided against {name}: no green match, hence no speed-up", False
+        return f"{case} against {name}: no green match, hence no speed-up", None
     return f"{case}: {ratio:.1f}x {name}, target {factor:g}x", ratio >= factor
 
 
@@ -246,6 +250,11 @@ def show(report: dict[str, Any], console: Console) -> bool:
         f"{machine['device']}, {machine['threads']} threads, kernels for {machine['isa']}, torch {machine['torch']}; "
         f"copy {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s, matmul {rates}"
     )
+    if machine["load"] > BUSY:
+        console.print(
+            f"the machine was busy before the run (load {machine['load']:.1f}): trust no time of it",
+            style="bold yellow",
+        )
     for op in ops(report):
         if any(row.op == op and row.sweep() is None for row in cases):
             console.print(table(op, report, cases))
@@ -255,7 +264,7 @@ def show(report: dict[str, Any], console: Console) -> bool:
         console.print(line, style="dim", markup=False, highlight=False)
     if machine["device"] == "CPU" and machine["suite"] == "cpu":
         for text, held in targets(cases):
-            console.print(f"{'[green]held[/]  ' if held else '[red]missed[/]'} {text}")
+            console.print(f"{_HELD[held]} {text}")
     wrong = [row for row in cases if not row.stock and not row.match]
     for row in wrong:
         console.print(f"[red]no match[/]: {' '.join(row.group)} {row.provider}, error {row.facts['error']:.2e}")

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from granvit import _bench_report
+from granvit.errors import MissingDependencyError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {
@@ -31,11 +32,7 @@ NEEDED = {
     "matplotlib": "matplotlib",
     "torchvision": "torchvision",
 }
-INTERRUPTED, NOTHING_SELECTED = 2, 5  # exit statuses of pytest
-
-
-class BenchmarkError(RuntimeError):
-    """The benchmarks cannot run; the text is one sentence for people."""
+INTERRUPTED, WRONG_USAGE, NOTHING_SELECTED = 2, 4, 5  # exit statuses of pytest
 
 
 def run(
@@ -66,7 +63,7 @@ def run(
         run was interrupted (what had finished is reported all the same).
 
     Raises:
-        BenchmarkError: the suites are not there, a package is missing, or nothing was selected.
+        UserError: the suites are not there, a package is missing, or nothing was selected.
     """
     console = console or Console()
     suites = require()
@@ -84,12 +81,10 @@ def run(
         if status == INTERRUPTED:
             return 130
         if status == NOTHING_SELECTED:
-            raise BenchmarkError(
-                f"bench: no case of suite {suite!r} matches the selection; list_only shows what there is"
-            )
-        raise BenchmarkError(
-            f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log"
-        )
+            raise UserError(f"bench: no case of suite {suite!r} matches the selection; list_only shows what there is")
+        if status == WRONG_USAGE:
+            raise UserError(f"bench: {_complaint(Path(f'{stem}.log').read_text())}")
+        raise UserError(f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log")
     report = json.loads(path.read_text())
     failed = _bench_report.show(report, console)
     cases = _bench_report.rows(report)
@@ -109,17 +104,17 @@ def require() -> Path:
     """The folder of the suites, where everything that they need is there.
 
     Raises:
-        BenchmarkError: it is not.
+        UserError: it is not; MissingDependencyError where packages are missing.
     """
     folder = ROOT / "benchmarks"
     if not (folder / "conftest.py").exists():
-        raise BenchmarkError(
+        raise UserError(
             "bench: the benchmark suites are not part of the installed package; run this from a source checkout, "
             "installed with `pip install -e .[bench]`"
         )
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise BenchmarkError(
+        raise MissingDependencyError(
             f"bench: {', '.join(missing)} not installed; `pip install granvit[bench]` brings what is missing"
         )
     return folder
@@ -134,13 +129,19 @@ def _list(suites: Path, options: list[str], console: Console) -> int:
     command, environment = _command(suites, [*options, "--collect-only", "-q"])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == NOTHING_SELECTED:
-        raise BenchmarkError("bench: no case matches the selection")
+        raise UserError("bench: no case matches the selection")
     if done.returncode != 0:
-        raise BenchmarkError(f"bench: pytest cannot collect the suites: {(done.stderr or done.stdout).strip()}")
+        raise UserError(f"bench: {_complaint(done.stdout + done.stderr)}")
     for line in done.stdout.splitlines():
         if "::" in line:
             console.print(line.partition("::")[2], highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _complaint(text: str) -> str:
+    """What pytest says is wrong with its arguments."""
+    errors = [line for line in text.splitlines() if "error: " in line.lower()]
+    return errors[-1].partition(": ")[2].removeprefix("error: ") if errors else text.strip()
 
 
 def _measure(suites: Path, options: list[str], stem: Path, console: Console) -> int:
@@ -168,6 +169,8 @@ def _measure(suites: Path, options: list[str], stem: Path, console: Console) -> 
             child.send_signal(signal.SIGINT)
             child.wait()
         finally:
+            if child.poll() is None:  # a second Ctrl-C, or an error of ours
+                child.kill()
             events.unlink()
     return child.returncode
 

@@ -31,4 +31,4 @@ def eager(
 
 
 _EAGER = Provider("eager", eager, sweep=True)
-BOX_EMBEDDING = (_EAGER, compiled(_EAGER, sweep=True))
+BOX_EMBEDDING = (_EAGER, compiled(_EAGER))
