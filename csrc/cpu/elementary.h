@@ -59,8 +59,7 @@ GRANVIT_INLINE void sine_cosine(const f64x8* turns, SineCosine<float>* out) {
     std::memcpy(reinterpret_cast<char*>(&count) + half * sizeof quarters, &quarters, sizeof quarters);
   }
   const f32x16 z = f * f;
-  const f32x16 s =
-      f * ((((41.4698894f * z - 76.69777412f) * z + 81.60520381f) * z - 41.34170215f) * z + 6.283185307f);
+  const f32x16 s = f * ((((41.4698894f * z - 76.69777412f) * z + 81.60520381f) * z - 41.34170215f) * z + 6.283185307f);
   const f32x16 c = (((59.20279606f * z - 85.44229797f) * z + 64.93931074f) * z - 19.73920863f) * z + 1.0f;
   const i32x16 odd = (count & 1) != 0;
   const f32x16 sine = select(odd, c, s), cosine = select(odd, s, c);
