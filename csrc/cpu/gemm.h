@@ -12,13 +12,14 @@
 
 namespace granvit::cpu::GRANVIT_ISA {
 
-// Tile sizes: as many accumulators as the registers hold beside the operands.
+// Tile sizes: as many accumulators as the registers hold beside the operands. A panel has kPanelVecs vectors of
+// columns.
 #if defined(__AVX512F__)
-constexpr int kDotRows = 4, kDotColumns = 4, kTileRows = 12, kTileVecs = 2;
+constexpr int kDotRows = 4, kDotColumns = 4, kTileRows = 12, kPanelVecs = 2;
 #elif defined(__AVX2__)
-constexpr int kDotRows = 3, kDotColumns = 2, kTileRows = 6, kTileVecs = 1;
+constexpr int kDotRows = 3, kDotColumns = 3, kTileRows = 6, kPanelVecs = 1;
 #else
-constexpr int kDotRows = 3, kDotColumns = 1, kTileRows = 3, kTileVecs = 1;
+constexpr int kDotRows = 2, kDotColumns = 4, kTileRows = 2, kPanelVecs = 1;
 #endif
 
 // From this many rows on, copying the weights to panels costs less than it saves: measured on Zen 5 with depths of 512
@@ -27,7 +28,7 @@ constexpr int kDotRows = 3, kDotColumns = 1, kTileRows = 3, kTileVecs = 1;
 constexpr int64_t kPanelRows = 64;
 
 template <typename T>
-constexpr int kPanel = kTileVecs * kLanes<acc_t<T>>;  // columns of a panel
+constexpr int kPanel = kPanelVecs * kLanes<acc_t<T>>;  // columns of a panel
 
 // Calls body(std::integral_constant<int, n>) for n in [1, kMax].
 template <int kMax, typename Body>
@@ -48,7 +49,7 @@ GRANVIT_INLINE V shuffle(V x, V y) {
 template <int... kIndex, typename V>
 GRANVIT_INLINE V shuffle(V x, V y) {
   using Index = std::conditional_t<sizeof(x[0]) == 8, int64_t, int32_t>;
-  typedef Index IndexVec __attribute__((vector_size(64)));
+  typedef Index IndexVec __attribute__((vector_size(sizeof(V))));
   return __builtin_shuffle(x, y, IndexVec{kIndex...});
 }
 #endif
@@ -80,21 +81,31 @@ GRANVIT_INLINE void transpose(V* x) {
   if constexpr (kHalf > 1) transpose<kLanesOfV, kHalf / 2>(x);
 }
 
-// Sums of the lanes of kCount vectors, in their order, in the first kCount lanes.
-template <typename A, int kCount, int kHalf = kLanes<A> / 2>
-GRANVIT_INLINE Vec<A> sum_lanes_of_each(const Vec<A>* x) {
-  constexpr auto kLane = std::make_integer_sequence<int, kLanes<A>>{};
-  Vec<A> sum[(kCount + 1) / 2];
+// Sums of the lanes of kCount registers (at most as many as they have lanes), in their order, in the first kCount
+// lanes.
+template <int kCount, int kHalf, typename V>
+GRANVIT_INLINE V sum_lanes_of_each(const V* x) {
+  constexpr auto kLane = std::make_integer_sequence<int, sizeof(V) / sizeof(x[0][0])>{};
+  V sum[(kCount + 1) / 2];
 #pragma GCC unroll 16
   for (int i = 0; i < (kCount + 1) / 2; ++i) {
-    const Vec<A> first = x[2 * i], second = x[std::min(2 * i + 1, kCount - 1)];
+    const V first = x[2 * i], second = x[std::min(2 * i + 1, kCount - 1)];
     sum[i] = gather_halves<kHalf, 0>(first, second, kLane) + gather_halves<kHalf, 1>(first, second, kLane);
   }
   if constexpr (kHalf == 1) {
     return sum[0];
   } else {
-    return sum_lanes_of_each<A, (kCount + 1) / 2, kHalf / 2>(sum);
+    return sum_lanes_of_each<(kCount + 1) / 2, kHalf / 2>(sum);
   }
+}
+
+// to[i] = sum of the lanes of x[i]; whole registers are written.
+template <typename A, int kCount>
+GRANVIT_INLINE void store_lane_sums(const Register<A>* x, A* to) {
+  constexpr int kAtOnce = std::min(kCount, kRegisterLanes<A>);
+  const Register<A> sums = sum_lanes_of_each<kAtOnce, kRegisterLanes<A> / 2>(x);
+  std::memcpy(to, &sums, sizeof sums);
+  if constexpr (kCount > kAtOnce) store_lane_sums<A, kCount - kAtOnce>(x + kAtOnce, to + kAtOnce);
 }
 
 // sums[i * kDotColumns + j] = row i of a . row j of weights, over `depth` elements.
@@ -103,10 +114,11 @@ GRANVIT_INLINE void dot_tile(const Unit<T>* a, int64_t a_stride, const T* const*
                              acc_t<T>* sums) {
   using U = Units<T>;
   using A = acc_t<T>;
-  constexpr int64_t kStep = kLanes<A> * U::kDepth;
-  Vec<A> sum[kRows * kDotColumns] = {};
-  const auto step = [&](int64_t k, auto&& load_weights) {
-    typename U::UnitVec w[kDotColumns];
+  constexpr int64_t kStep = kRegisterLanes<A> * U::kDepth;
+  constexpr int kCount = kRows * kDotColumns;
+  Register<A> sum[kCount] = {};
+  const auto step = [&](int64_t k, auto&& load_weights) __attribute__((always_inline)) {
+    typename U::Operand w[kDotColumns];
 #pragma GCC unroll 16
     for (int j = 0; j < kDotColumns; ++j) w[j] = load_weights(weights[j] + k);
 #pragma GCC unroll 16
@@ -114,7 +126,7 @@ GRANVIT_INLINE void dot_tile(const Unit<T>* a, int64_t a_stride, const T* const*
       const auto x = U::load_units(a + i * a_stride + k / U::kDepth);
 #pragma GCC unroll 16
       for (int j = 0; j < kDotColumns; ++j) {
-        Vec<A>& to = sum[i * kDotColumns + j];
+        Register<A>& to = sum[i * kDotColumns + j];
         to = U::multiply_add(to, x, w[j]);
       }
     }
@@ -122,11 +134,8 @@ GRANVIT_INLINE void dot_tile(const Unit<T>* a, int64_t a_stride, const T* const*
   int64_t k = 0;
   for (; k + kStep <= depth; k += kStep) step(k, [](const T* p) { return U::load_elements(p); });
   if (k < depth) step(k, [&](const T* p) { return U::load_first_elements(p, static_cast<int>(depth - k)); });
-  constexpr int kAtOnce = kLanes<A>;
-  constexpr int kCount = kRows * kDotColumns;
-  A total[(kCount + kAtOnce - 1) / kAtOnce * kAtOnce];
-  store(total, sum_lanes_of_each<A, std::min(kCount, kAtOnce)>(sum));
-  if constexpr (kCount > kAtOnce) store(total + kAtOnce, sum_lanes_of_each<A, kCount - kAtOnce>(sum + kAtOnce));
+  A total[kCount + kRegisterLanes<A>];
+  store_lane_sums<A, kCount>(sum, total);
   for (int i = 0; i < kCount; ++i) sums[i] = total[i];
 }
 
@@ -135,7 +144,7 @@ template <typename T, typename Finish>
 void multiply_by_dots(const Rows<T>& a, int64_t rows, int64_t depth, const T* weights, int64_t weights_stride,
                       int64_t columns, const Finish& finish) {
   using A = acc_t<T>;
-  constexpr int64_t kRowBlock = 48, kColumnBlock = 64;
+  constexpr int64_t kRowBlock = 48, kColumnBlock = 16 * kDotColumns;
   const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
   const int64_t column_blocks = (columns + kColumnBlock - 1) / kColumnBlock;
   parallel_tasks(row_blocks * column_blocks, [&](int64_t task, Scratch& scratch) {
@@ -170,69 +179,83 @@ struct LeftFactor {
 // Steps of a product that are done at once: a panel of them stays in the first-level cache.
 constexpr int64_t kStepBlock = 256;
 
-// tile (kRows, kPanel) += a times a panel (steps, kPanel); prefetch(k) runs beside step k.
+// tile (kRows, kPanel) = a times a panel (steps, kPanel), added to what it holds unless `fresh`. prefetch(k) runs
+// beside step k.
 template <typename T, int kRows, typename Prefetch>
 GRANVIT_INLINE void panel_tile(const Unit<T>* a, int64_t row_stride, int64_t step, const Unit<T>* panel, int64_t steps,
-                               const Prefetch& prefetch, acc_t<T>* tile) {
+                               bool fresh, const Prefetch& prefetch, acc_t<T>* tile) {
   using U = Units<T>;
   using A = acc_t<T>;
-  Vec<A> sum[kRows][kTileVecs];
+  constexpr int kLane = kRegisterLanes<A>, kWide = kPanel<T> / kLane;
+  Register<A> sum[kRows][kWide] = {};
+  if (!fresh) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVecs; ++v) sum[i][v] = load(tile + i * kPanel<T> + v * kLanes<A>);
+      for (int v = 0; v < kWide; ++v) sum[i][v] = load_register(tile + i * kPanel<T> + v * kLane);
+  }
   for (int64_t k = 0; k < steps; ++k) {
     prefetch(k);
-    typename U::UnitVec b[kTileVecs];
+    typename U::Operand b[kWide];
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVecs; ++v) b[v] = U::load_units(panel + k * kPanel<T> + v * kLanes<A>);
+    for (int v = 0; v < kWide; ++v) b[v] = U::load_units(panel + k * kPanel<T> + v * kLane);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const auto x = U::splat_unit(a[i * row_stride + k * step]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kTileVecs; ++v) sum[i][v] = U::multiply_add(sum[i][v], x, b[v]);
+      for (int v = 0; v < kWide; ++v) sum[i][v] = U::multiply_add(sum[i][v], x, b[v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVecs; ++v) store(tile + i * kPanel<T> + v * kLanes<A>, sum[i][v]);
+    for (int v = 0; v < kWide; ++v) std::memcpy(tile + i * kPanel<T> + v * kLane, &sum[i][v], sizeof sum[i][v]);
 }
+
+// What a task of `multiply_panels` covers.
+struct TaskShape {
+  int64_t rows;
+  int64_t panels;
+};
 
 // C = A B; B comes as panels of kPanel columns: panel_of(column, columns, k, steps, buffer) gives a (steps, kPanel)
 // array of units from step k on, for which it may use the buffer; prefetch(column, k) fetches what it will read for
-// step k. A task is one panel of C and `row_block` rows. Calls finish(row, column, columns, values) for every row of
-// it; values has kPanel entries.
+// step k. Calls finish(row, column, columns, values) for every row of every panel of C; values has kPanel entries.
 template <typename T, typename PanelOf, typename Prefetch, typename Finish>
-void multiply_panels(const LeftFactor<T>& a, int64_t rows, int64_t steps, int64_t columns, int64_t row_block,
+void multiply_panels(const LeftFactor<T>& a, int64_t rows, int64_t steps, int64_t columns, TaskShape shape,
                      const PanelOf& panel_of, const Prefetch& prefetch, const Finish& finish) {
-  const int64_t panels = (columns + kPanel<T> - 1) / kPanel<T>;
-  const int64_t row_blocks = (rows + row_block - 1) / row_block;
-  parallel_tasks(row_blocks * panels, [&](int64_t task, Scratch& scratch) {
-    const int64_t column = task % panels * kPanel<T>, column_count = std::min<int64_t>(kPanel<T>, columns - column);
-    const int64_t begin = task / panels * row_block, count = std::min(rows - begin, row_block);
+  const int64_t strip = shape.panels * kPanel<T>, strips = (columns + strip - 1) / strip;
+  const int64_t row_blocks = (rows + shape.rows - 1) / shape.rows;
+  parallel_tasks(row_blocks * strips, [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = task / strips * shape.rows, count = std::min(rows - begin, shape.rows);
+    const int64_t first = task % strips * strip, last = std::min(columns, first + strip);
     acc_t<T>* block = scratch.take<acc_t<T>>(count * kPanel<T>);
     Unit<T>* buffer = scratch.take<Unit<T>>(kStepBlock * kPanel<T>);
-    std::fill(block, block + count * kPanel<T>, acc_t<T>(0));
-    int64_t k = 0;
-    do {
-      const int64_t depth = std::min(kStepBlock, steps - k);
-      const Unit<T>* panel = panel_of(column, column_count, k, depth, buffer);
-      for (int64_t i = 0; i < count; i += kTileRows) {
-        const int tile_rows = static_cast<int>(std::min<int64_t>(kTileRows, count - i));
-        acc_t<T>* tile = block + i * kPanel<T>;
-        with_count<kTileRows>(tile_rows, [&](auto constant) {
-          panel_tile<T, constant>(
-              a.data + (begin + i) * a.row_stride + k * a.step, a.row_stride, a.step, panel, depth,
-              [&](int64_t step) __attribute__((always_inline)) { prefetch(column, k + kStepBlock + step); }, tile);
-        });
-        if (k + kStepBlock >= steps)
-          for (int p = 0; p < tile_rows; ++p) finish(begin + i + p, column, column_count, tile + p * kPanel<T>);
-      }
-      k += kStepBlock;
-    } while (k < steps);
+    for (int64_t column = first; column < last; column += kPanel<T>) {
+      const int64_t used = std::min<int64_t>(kPanel<T>, last - column);
+      int64_t k = 0;
+      do {
+        const int64_t depth = std::min(kStepBlock, steps - k);
+        const Unit<T>* panel = panel_of(column, used, k, depth, buffer);
+        for (int64_t i = 0; i < count; i += kTileRows) {
+          const int tile_rows = static_cast<int>(std::min<int64_t>(kTileRows, count - i));
+          const Unit<T>* left = a.data + (begin + i) * a.row_stride + k * a.step;
+          acc_t<T>* tile = block + i * kPanel<T>;
+          with_count<kTileRows>(tile_rows, [&](auto constant) {
+            panel_tile<T, constant>(
+                left, a.row_stride, a.step, panel, depth, k == 0,
+                [&](int64_t step) __attribute__((always_inline)) { prefetch(column, k + kStepBlock + step); }, tile);
+          });
+          if (k + kStepBlock >= steps)
+            for (int p = 0; p < tile_rows; ++p) finish(begin + i + p, column, used, tile + p * kPanel<T>);
+        }
+        k += kStepBlock;
+      } while (k < steps);
+    }
   });
 }
+
+constexpr int64_t kFewSteps = 48;
 
 // Fills a panel; get(k, column, lanes) gives a vector of units of which `lanes` count.
 template <typename T, typename Get>
@@ -240,7 +263,7 @@ GRANVIT_INLINE void fill_panel(int64_t column, int64_t columns, int64_t k, int64
                                Unit<T>* panel) {
   constexpr int kVec = kLanes<acc_t<T>>;
   for (int64_t i = 0; i < steps; ++i)
-    for (int v = 0; v < kTileVecs; ++v)
+    for (int v = 0; v < kPanelVecs; ++v)
       Units<T>::store_units(
           panel + i * kPanel<T> + v * kVec,
           get(k + i, column + v * kVec, static_cast<int>(std::clamp<int64_t>(columns - v * kVec, 0, kVec))));
@@ -286,9 +309,11 @@ void weight_gradient(const Rows<T>& left, int64_t rows, int64_t count, int64_t c
         },
         right + panel * steps * kPanel<T>);
   });
-  constexpr int64_t kRowBlock = 8 * kTileRows;
+  // A few steps make writing the gradient most of the work: then row by row, so that memory is written in order. Many
+  // make reading the panels most of it.
+  const TaskShape shape = steps < kFewSteps ? TaskShape{kTileRows, panels} : TaskShape{8 * kTileRows, 1};
   multiply_panels<T>(
-      factor, rows, steps, columns, kRowBlock,
+      factor, rows, steps, columns, shape,
       [&](int64_t column, int64_t, int64_t k, int64_t, Unit<T>*) { return right + column * steps + k * kPanel<T>; },
       [](int64_t, int64_t) {},
       [&](int64_t row, int64_t column, int64_t used, const A* values) {
@@ -304,7 +329,7 @@ void input_gradient(const Rows<T>& rows, int64_t count, int64_t depth, const T* 
                     int64_t columns, const Finish& finish) {
   using U = Units<T>;
   multiply_panels<T>(
-      {rows.data, rows.stride, 1}, count, unit_steps<T>(depth), columns, std::max<int64_t>(count, 1),
+      {rows.data, rows.stride, 1}, count, unit_steps<T>(depth), columns, {std::max<int64_t>(count, 1), 1},
       [&](int64_t column, int64_t used, int64_t k, int64_t steps, Unit<T>* buffer) {
         fill_panel<T>(
             column, used, k, steps,
@@ -333,19 +358,19 @@ template <typename T>
 GRANVIT_INLINE void fill_panel_transposed(const T* weights, int64_t weights_stride, int64_t columns, int64_t elements,
                                           int64_t steps, Unit<T>* panel) {
   using U = Units<T>;
-  constexpr int kVec = kLanes<acc_t<T>>;
-  for (int v = 0; v < kTileVecs; ++v) {
-    for (int64_t k = 0; k < steps; k += kVec) {
-      typename U::UnitVec x[kVec];
-      const int count = static_cast<int>(std::min<int64_t>(kVec * U::kDepth, elements - k * U::kDepth));
-      for (int i = 0; i < kVec; ++i) {
+  constexpr int kLane = kRegisterLanes<acc_t<T>>;
+  for (int c = 0; c < kPanel<T>; c += kLane) {
+    for (int64_t k = 0; k < steps; k += kLane) {
+      typename U::Operand x[kLane];
+      const int count = static_cast<int>(std::min<int64_t>(kLane * U::kDepth, elements - k * U::kDepth));
+      for (int i = 0; i < kLane; ++i) {
         // Beyond the last column any will do.
-        const T* row = weights + std::min<int64_t>(v * kVec + i, columns - 1) * weights_stride + k * U::kDepth;
-        x[i] = count == kVec * U::kDepth ? U::load_elements(row) : U::load_first_elements(row, count);
+        const T* row = weights + std::min<int64_t>(c + i, columns - 1) * weights_stride + k * U::kDepth;
+        x[i] = count == kLane * U::kDepth ? U::load_elements(row) : U::load_first_elements(row, count);
       }
-      transpose<kVec>(x);
-      for (int i = 0; i < std::min<int64_t>(kVec, steps - k); ++i)
-        U::store_units(panel + (k + i) * kPanel<T> + v * kVec, x[i]);
+      transpose<kLane>(x);
+      for (int i = 0; i < std::min<int64_t>(kLane, steps - k); ++i)
+        std::memcpy(panel + (k + i) * kPanel<T> + c, &x[i], sizeof x[i]);
     }
   }
 }
@@ -357,7 +382,7 @@ void multiply_rows(const Rows<T>& a, int64_t rows, int64_t depth, const T* weigh
   if (rows < kPanelRows) return multiply_by_dots<T>(a, rows, depth, weights, weights_stride, columns, finish);
   using U = Units<T>;
   multiply_panels<T>(
-      {a.data, a.stride, 1}, rows, unit_steps<T>(depth), columns, rows,
+      {a.data, a.stride, 1}, rows, unit_steps<T>(depth), columns, {rows, 1},
       [&](int64_t column, int64_t used, int64_t k, int64_t steps, Unit<T>* buffer) {
         fill_panel_transposed<T>(weights + column * weights_stride + k * U::kDepth, weights_stride, used,
                                  depth - k * U::kDepth, steps, buffer);

@@ -20,26 +20,76 @@ GRANVIT_INLINE void store_some(T* p, Vec<acc_t<T>> x, int lanes) {
   lanes == kLanes<acc_t<T>> ? store(p, x) : store_first(p, x, lanes);
 }
 
-// Units of an operand whose tensors have storage type T.
+// What the tiles of a product compute with: one register, where Vec may be several.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <typename E>
+struct RegisterOf {
+  typedef E type __attribute__((vector_size(kRegisterBytes)));
+};
+template <typename E>
+using Register = typename RegisterOf<E>::type;
+template <typename E>
+constexpr int kRegisterLanes = kRegisterBytes / sizeof(E);
+
+template <typename R, typename E>
+GRANVIT_INLINE R load_bits(const E* p) {
+  R x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+GRANVIT_INLINE Register<float> load_register(const float* p) { return load_bits<Register<float>>(p); }
+GRANVIT_INLINE Register<double> load_register(const double* p) { return load_bits<Register<double>>(p); }
+GRANVIT_INLINE Register<float> load_register(const bf16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
+  const Register<uint32_t> wide = __builtin_convertvector(load_bits<Halves>(p), Register<uint32_t>) << 16;
+  return load_bits<Register<float>>(&wide);
+}
+GRANVIT_INLINE Register<float> load_register(const f16* p) {
+#if defined(__AVX512F__)
+  return load(p);
+#elif defined(__F16C__)
+  const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return load_bits<Register<float>>(&wide);
+#else
+  Register<float> x;
+  for (int i = 0; i < kRegisterLanes<float>; ++i) x[i] = widen_f16_scalar(p[i].bits);
+  return x;
+#endif
+}
+
+// Units of an operand whose tensors have storage type T. Loads and sums are in registers, the rest in whole Vecs.
 template <typename T>
 struct Units {
   using Unit = acc_t<T>;
-  using UnitVec = Vec<Unit>;
+  using Operand = Register<Unit>;
   static constexpr int kDepth = 1;  // elements in a unit
 
-  static GRANVIT_INLINE UnitVec load_units(const Unit* p) { return load(p); }
-  static GRANVIT_INLINE UnitVec splat_unit(Unit x) { return splat(x); }
-  // kLanes units from elements that lie next to each other; the elements from `count` on are zero.
-  static GRANVIT_INLINE UnitVec load_elements(const T* p) { return load(p); }
-  static GRANVIT_INLINE UnitVec load_first_elements(const T* p, int count) { return load_first(p, count); }
+  static GRANVIT_INLINE Operand load_units(const Unit* p) { return load_register(p); }
+  static GRANVIT_INLINE Operand splat_unit(Unit x) { return x - Operand{}; }
+  // Units from elements that lie next to each other; the elements from `count` on are zero.
+  static GRANVIT_INLINE Operand load_elements(const T* p) { return load_register(p); }
+  static GRANVIT_INLINE Operand load_first_elements(const T* p, int count) {
+    T padded[kRegisterLanes<Unit>] = {};
+    for (int i = 0; i < count; ++i) padded[i] = p[i];
+    return load_register(padded);
+  }
+  static GRANVIT_INLINE Register<Unit> multiply_add(Register<Unit> sum, Operand a, Operand b) { return sum + a * b; }
+
   // One unit a column from neighbouring rows, given as values or in memory; the columns from `lanes` on are zero.
-  static GRANVIT_INLINE UnitVec stack(Vec<Unit> x, Vec<Unit>) { return x; }
-  static GRANVIT_INLINE UnitVec stack(const T* row, const T*, int lanes) { return load_some(row, lanes); }
-  static GRANVIT_INLINE void store_units(Unit* p, UnitVec x) { store(p, x); }
+  static GRANVIT_INLINE Vec<Unit> stack(Vec<Unit> x, Vec<Unit>) { return x; }
+  static GRANVIT_INLINE Vec<Unit> stack(const T* row, const T*, int lanes) { return load_some(row, lanes); }
+  static GRANVIT_INLINE void store_units(Unit* p, Vec<Unit> x) { store(p, x); }
   // Elements [c, c + kLanes) of a row of units.
   static GRANVIT_INLINE Vec<Unit> load_row(const Unit* row, int64_t c) { return load(row + c); }
   static GRANVIT_INLINE void store_row(Unit* row, int64_t c, Vec<Unit> x) { store(row + c, x); }
-  static GRANVIT_INLINE Vec<Unit> multiply_add(Vec<Unit> sum, UnitVec a, UnitVec b) { return sum + a * b; }
 };
 
 #if defined(__AVX512BF16__)
@@ -50,27 +100,24 @@ struct bf16x2 {
 template <>
 struct Units<bf16> {
   using Unit = bf16x2;
-  using UnitVec = u32x16;
+  using Operand = u32x16;
   static constexpr int kDepth = 2;
 
-  static GRANVIT_INLINE UnitVec load_units(const Unit* p) {
-    UnitVec x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-  static GRANVIT_INLINE UnitVec splat_unit(Unit x) { return UnitVec{} + x.bits; }
-  static GRANVIT_INLINE UnitVec load_elements(const bf16* p) {
-    UnitVec x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-  static GRANVIT_INLINE UnitVec load_first_elements(const bf16* p, int count) {
-    UnitVec x{};
+  static GRANVIT_INLINE Operand load_units(const Unit* p) { return load_bits<Operand>(p); }
+  static GRANVIT_INLINE Operand splat_unit(Unit x) { return x.bits - Operand{}; }
+  static GRANVIT_INLINE Operand load_elements(const bf16* p) { return load_bits<Operand>(p); }
+  static GRANVIT_INLINE Operand load_first_elements(const bf16* p, int count) {
+    Operand x{};
     std::memcpy(&x, p, static_cast<size_t>(count) * sizeof *p);
     return x;
   }
-  static GRANVIT_INLINE UnitVec stack(f32x16 x, f32x16 next) { return interleave(narrow_bf16(x), narrow_bf16(next)); }
-  static GRANVIT_INLINE UnitVec stack(const bf16* row, const bf16* next, int lanes) {
+  static GRANVIT_INLINE f32x16 multiply_add(f32x16 sum, Operand a, Operand b) {
+    const __m512 s = _mm512_dpbf16_ps(load_bits<__m512>(&sum), load_bits<__m512bh>(&a), load_bits<__m512bh>(&b));
+    return load_bits<f32x16>(&s);
+  }
+
+  static GRANVIT_INLINE u32x16 stack(f32x16 x, f32x16 next) { return interleave(narrow_bf16(x), narrow_bf16(next)); }
+  static GRANVIT_INLINE u32x16 stack(const bf16* row, const bf16* next, int lanes) {
     u16x16 x{}, y{};
     const size_t bytes = static_cast<size_t>(lanes) * sizeof *row;
     if (lanes == 16) {
@@ -82,24 +129,14 @@ struct Units<bf16> {
     }
     return interleave(x, y);
   }
-  static GRANVIT_INLINE UnitVec interleave(u16x16 x, u16x16 next) {
+  static GRANVIT_INLINE u32x16 interleave(u16x16 x, u16x16 next) {
     return __builtin_convertvector(x, u32x16) | (__builtin_convertvector(next, u32x16) << 16);
   }
-  static GRANVIT_INLINE void store_units(Unit* p, UnitVec x) { std::memcpy(p, &x, sizeof x); }
+  static GRANVIT_INLINE void store_units(Unit* p, u32x16 x) { std::memcpy(p, &x, sizeof x); }
   static GRANVIT_INLINE f32x16 load_row(const Unit* row, int64_t c) {
     return load(reinterpret_cast<const bf16*>(row) + c);
   }
   static GRANVIT_INLINE void store_row(Unit* row, int64_t c, f32x16 x) { store(reinterpret_cast<bf16*>(row) + c, x); }
-  static GRANVIT_INLINE f32x16 multiply_add(f32x16 sum, UnitVec a, UnitVec b) {
-    __m512 s;
-    __m512bh x, y;
-    std::memcpy(&s, &sum, sizeof s);
-    std::memcpy(&x, &a, sizeof x);
-    std::memcpy(&y, &b, sizeof y);
-    s = _mm512_dpbf16_ps(s, x, y);
-    std::memcpy(&sum, &s, sizeof sum);
-    return sum;
-  }
 };
 #endif
 
