@@ -111,7 +111,7 @@ void forward(const BoxEmbeddingArgs& a) {
             const Vec<A> h = load(values + c) + load_some(b1 + column + c, lanes);
             if (a.save_hidden != nullptr)
               store_some(static_cast<A*>(a.save_hidden) + (first + r) * a.hidden_size + column + c, h, lanes);
-            const Vec<A> g = gelu(h);
+            const Vec<A> g = gelu<A>(h);
             Units<T>::store_row(activations.row(r), column + c, lanes == kLanes<A> ? g : first_lanes(g, lanes));
           }
         });
@@ -181,7 +181,7 @@ void backward(const BoxEmbeddingArgs& a) {
   if (a.grad_w2 != nullptr)
     weight_gradient<T>(
         grad, a.size, boxes, a.hidden_size, scratch,
-        [&](int64_t r, int64_t c, int lanes) { return gelu(load_some(hidden + r * a.hidden_size + c, lanes)); },
+        [&](int64_t r, int64_t c, int lanes) { return gelu<A>(load_some(hidden + r * a.hidden_size + c, lanes)); },
         static_cast<T*>(a.grad_w2));
 
   const bool angles = a.grad_boxes != nullptr || a.grad_frequencies != nullptr;
@@ -193,7 +193,7 @@ void backward(const BoxEmbeddingArgs& a) {
                       for (int64_t c = 0; c < count; c += kLanes<A>) {
                         const int lanes = static_cast<int>(std::min<int64_t>(kLanes<A>, count - c));
                         const Vec<A> h = load_some(hidden + r * a.hidden_size + column + c, lanes);
-                        Units<T>::store_row(grad_hidden.row(r), column + c, load(values + c) * gelu_derivative(h));
+                        Units<T>::store_row(grad_hidden.row(r), column + c, load(values + c) * gelu_derivative<A>(h));
                       }
                     });
   if (a.grad_b1 != nullptr) sum_rows<T>(grad_hidden, boxes, a.hidden_size, static_cast<T*>(a.grad_b1));
