@@ -20,6 +20,22 @@ GRANVIT_INLINE void store_some(T* p, Vec<acc_t<T>> x, int lanes) {
   lanes == kLanes<acc_t<T>> ? store(p, x) : store_first(p, x, lanes);
 }
 
+#if defined(__AVX512BF16__)
+// The processor's own rounding, which takes subnormal numbers for zero like its products of pairs do.
+GRANVIT_INLINE u16x16 round_to_bf16(f32x16 x) {
+  __m512 bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const __m256bh rounded = _mm512_cvtneps_pbh(bits);
+  u16x16 y;
+  std::memcpy(&y, &rounded, sizeof y);
+  return y;
+}
+GRANVIT_INLINE void store_some(bf16* p, f32x16 x, int lanes) {
+  const u16x16 y = round_to_bf16(x);
+  std::memcpy(p, &y, lanes == 16 ? sizeof y : static_cast<size_t>(lanes) * sizeof *p);
+}
+#endif
+
 // What the tiles of a product compute with: one register, where Vec may be several.
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
@@ -116,7 +132,9 @@ struct Units<bf16> {
     return load_bits<f32x16>(&s);
   }
 
-  static GRANVIT_INLINE u32x16 stack(f32x16 x, f32x16 next) { return interleave(narrow_bf16(x), narrow_bf16(next)); }
+  static GRANVIT_INLINE u32x16 stack(f32x16 x, f32x16 next) {
+    return interleave(round_to_bf16(x), round_to_bf16(next));
+  }
   static GRANVIT_INLINE u32x16 stack(const bf16* row, const bf16* next, int lanes) {
     u16x16 x{}, y{};
     const size_t bytes = static_cast<size_t>(lanes) * sizeof *row;
@@ -136,7 +154,9 @@ struct Units<bf16> {
   static GRANVIT_INLINE f32x16 load_row(const Unit* row, int64_t c) {
     return load(reinterpret_cast<const bf16*>(row) + c);
   }
-  static GRANVIT_INLINE void store_row(Unit* row, int64_t c, f32x16 x) { store(reinterpret_cast<bf16*>(row) + c, x); }
+  static GRANVIT_INLINE void store_row(Unit* row, int64_t c, f32x16 x) {
+    store_some(reinterpret_cast<bf16*>(row) + c, x, 16);
+  }
 };
 #endif
 
