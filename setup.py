@@ -6,7 +6,7 @@ stops the install: the package then runs on Triton or on plain PyTorch and says 
 Environment:
     CXX                     C++ compiler
     CUDA_HOME               CUDA toolkit
-    GRANVIT_BUILD_CUDA      1 builds the CUDA kernels or fails, 0 never builds them; unset: built where nvcc and a CUDA torch are
+    GRANVIT_BUILD_CUDA      1 builds the CUDA kernels or fails, 0 leaves them out; unset: if nvcc and a CUDA torch are
     GRANVIT_REQUIRE_EXT     1 makes a failed build fail the install
     TORCH_CUDA_ARCH_LIST    GPU architectures, e.g. "8.0;9.0a"
     MAX_JOBS                parallel compile jobs
@@ -60,7 +60,7 @@ def job_count() -> int:
 
 
 def torch_paths() -> tuple[Path, str, str | None]:
-    """Folder of torch, its version, and the CUDA version it was built for. Reads version.py: importing torch takes seconds."""
+    """Folder of torch, its version, and its CUDA version; read from files, since importing torch takes long."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildSkippedError(
@@ -131,8 +131,11 @@ class Ninja:
         if ninja is None:
             raise BuildSkippedError("ninja was not found; `pip install ninja`")
         result = subprocess.run(
-            [ninja, "-C", str(self.folder), "-j", str(job_count())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=False,
+            [ninja, "-C", str(self.folder), "-j", str(job_count())],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
         print(result.stdout)
         if result.returncode != 0:
@@ -156,18 +159,35 @@ def build_core(folder: Path, output: Path) -> dict[str, object]:
     x86 = platform.machine() in ("x86_64", "AMD64")
     isas = {name: flags for name, flags in X86_ISAS.items() if x86 and compile_error(compiler, flags) is None}
 
-    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
-             "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ]
     includes = [torch_folder / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", *(f"-DGRANVIT_HAVE_{name.upper()}" for name in isas)]
 
     ninja = Ninja(folder)
     common = quote([*flags, *defines, *(f"-isystem{path}" for path in includes)])
-    ninja.rule("cxx", [*quote(compiler), "-MD", "-MF", "$out.d", *common, "$extra", "-c", "$in", "-o", "$out"], depfile=True)
+    ninja.rule(
+        "cxx", [*quote(compiler), "-MD", "-MF", "$out.d", *common, "$extra", "-c", "$in", "-o", "$out"], depfile=True
+    )
     lib = torch_folder / "lib"
     undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
-    ninja.rule("link", [*quote(compiler), "-shared", "-o", "$out", "$in", f"-L{shlex.quote(str(lib))}", "-ltorch_cpu",
-                        *undefined])
+    ninja.rule(
+        "link",
+        [*quote(compiler), "-shared", "-o", "$out", "$in", f"-L{shlex.quote(str(lib))}", "-ltorch_cpu", *undefined],
+    )
     sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
     host_only = {"host.cpp"}
     objects = []
@@ -223,19 +243,46 @@ def build_cuda(folder: Path, output: Path) -> dict[str, object]:
     site = torch_folder.parent
     includes = [torch_folder / "include", *(p for p in [site / "nvidia/cu13/include"] if p.exists())]
     ninja = Ninja(folder)
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-lineinfo",
-             f"-ccbin={compiler[0]}", *cuda_arch_flags(), f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", "-DUSE_CUDA"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "--expt-relaxed-constexpr",
+        "-lineinfo",
+        f"-ccbin={compiler[0]}",
+        *cuda_arch_flags(),
+        f"-DTORCH_TARGET_VERSION={STABLE_TARGET}",
+        "-DUSE_CUDA",
+    ]
     common = quote([*flags, *(f"-isystem={path}" for path in includes)])
     ninja.rule("nvcc", [shlex.quote(nvcc), "-MD", "-MF", "$out.d", *common, "-c", "$in", "-o", "$out"], depfile=True)
     lib = shlex.quote(str(torch_folder / "lib"))
-    ninja.rule("link", [shlex.quote(nvcc), "-shared", f"-ccbin={shlex.quote(compiler[0])}", *cuda_arch_flags(),
-                        "-cudart=static", "-o", "$out", "$in", f"-L{lib}", "-ltorch_cuda", "-ltorch_cpu"])
+    ninja.rule(
+        "link",
+        [
+            shlex.quote(nvcc),
+            "-shared",
+            f"-ccbin={shlex.quote(compiler[0])}",
+            *cuda_arch_flags(),
+            "-cudart=static",
+            "-o",
+            "$out",
+            "$in",
+            f"-L{lib}",
+            "-ltorch_cuda",
+            "-ltorch_cpu",
+        ],
+    )
     objects = [ninja.edge("nvcc", folder / f"{s.stem}.o", [s]) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     ninja.edge("link", output, objects)
     ninja.build("the CUDA kernels")
     release = run([nvcc, "--version"]).stdout.strip().splitlines()
-    return {"built": True, "nvcc": release[-1] if release else "unknown", "targets": cuda_arch_flags(),
-            "torch": torch_version}
+    return {
+        "built": True,
+        "nvcc": release[-1] if release else "unknown",
+        "targets": cuda_arch_flags(),
+        "torch": torch_version,
+    }
 
 
 class BuildKernels(build_ext):
@@ -262,7 +309,7 @@ class BuildKernels(build_ext):
             return build(folder, output)
         except BuildSkippedError as reason:
             if required:
-                raise SystemExit(f"granvit: {what} was required and not built: {reason}") from None
+                raise SystemExit(f"granvit: {what}: required, but not built: {reason}") from None
             output.unlink(missing_ok=True)  # a stale library must not pass for this build
             self.warn(f"{what}: not built: {reason}")
             return {"built": False, "reason": str(reason)}

@@ -4,8 +4,8 @@
 modules in :mod:`granvit.nn`; :mod:`granvit.adapters` puts them into models of other libraries.
 """
 
-from granvit import nn, ops, reference
+from granvit import adapters, geometry, nn, ops, reference
 from granvit._extension import EXTENSION
 
 __version__ = "0.1.0"
-__all__ = ["EXTENSION", "__version__", "nn", "ops", "reference"]
+__all__ = ["EXTENSION", "__version__", "adapters", "geometry", "nn", "ops", "reference"]

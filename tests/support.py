@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -91,9 +95,28 @@ def assert_within_budget(ours: Tensor, stock: Tensor, exact: Tensor, dtype: torc
     assert not error.isnan().any(), f"{what}: {int(error.isnan().sum())} values are NaN"
     if not error.numel():
         return
+    if dtype == torch.float64:  # no wider oracle: the reference rounds as much as what is tested
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-11 * float(exact.abs().max()), msg=what)
+        return
     allowed = 2 * (stock.double() - exact).abs().max() + ulp(exact, dtype)
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), (
         f"{what}: error {error.flatten()[worst]:.3e} at {exact.flatten()[worst]:.6g}, allowed "
         f"{allowed.flatten()[worst]:.3e} ({dtype})"
     )
+
+
+def run_at_isa(isa: str, file: str, selection: str) -> None:
+    """Runs a test file's tests named `selection` in a process that is held to one CPU instruction set."""
+    probe = "import granvit, sys; sys.exit(granvit.EXTENSION.core.cpu_isa() != sys.argv[1])"
+    environment = {**os.environ, "GRANVIT_CPU_ISA": isa}
+    found = subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True, text=True)
+    if "is not supported by this processor" in found.stderr or "was not compiled" in found.stderr:
+        pytest.skip(found.stderr.strip().splitlines()[-1])
+    assert found.returncode == 0, found.stderr
+    # -p no:... : a worker of a parallel run must not hand its own settings down.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    run = subprocess.run(
+        [*command, "-k", f"{selection} and cpu"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-4000:]

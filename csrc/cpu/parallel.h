@@ -71,12 +71,14 @@ template <typename Body>
 void parallel_tasks(int64_t tasks, const Body& body) {
   if (tasks <= 0) return;
   struct Shared {
-    const Body* body;
-    int64_t tasks;
+    const Body* body = nullptr;
+    int64_t tasks = 0;
     std::atomic<int64_t> next{0};
     std::exception_ptr error;
     std::mutex error_mutex;
-  } shared{&body, tasks};
+  } shared;
+  shared.body = &body;
+  shared.tasks = tasks;
 
   // An exception must not cross the thread pool's C interface: the first one is carried over and rethrown here.
   auto work = [](int64_t, int64_t, void* context) {

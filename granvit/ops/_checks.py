@@ -15,7 +15,7 @@ BOX_RANGE = (-1.0, 2.0)
 
 @dataclass(frozen=True)
 class Grid:
-    """Grids in the form that the registered ops take: one (height, width), or a tensor of them, on the CPU for CPU ops."""
+    """Grids in the form that the registered ops take: one (height, width), or an int64 tensor of them."""
 
     sizes: Tensor | None
     height: int
@@ -92,12 +92,17 @@ def grids(op: str, argument: str, value: int | Sequence[int] | Tensor, rows: int
     if not is_integer(value):
         raise wrong_type(op, argument, "an integer tensor", value)
     if value.dim() != 2 or value.shape[1] != 2 or (rows is not None and value.shape[0] != rows):
-        raise wrong_value(op, argument, f"shape ({'B' if rows is None else rows}, 2), one (height, width) for each {what}", value)
+        shape = f"({'B' if rows is None else rows}, 2)"
+        raise wrong_value(op, argument, f"shape {shape}, one (height, width) for each {what}", value)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < 1).any()):
+        row = int((value < 1).any(1).nonzero()[0])
+        got = tuple(value[row].tolist())
+        raise ValueError(f"{op}: {argument}: expected heights and widths of at least 1, got {got} for {what} {row}")
     return Grid(value.long(), 0, 0)
 
 
 def tokens(op: str, argument: str, t: object, grid: Grid, trailing: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense ``(B, H*W, ...)`` or packed ``(T, ...)`` tokens with `trailing` own dimensions, the last ones contiguous."""
+    """Dense ``(B, H*W, ...)`` or packed ``(T, ...)`` tokens with `trailing` own dimensions; made contiguous there."""
     t = floating(op, argument, t, dtype)
     lead = 1 if grid.packed else 2
     names = {1: "C", 2: "heads, dim"}[trailing]
@@ -143,9 +148,7 @@ def values(op: str, boxes: Tensor, image_index: Tensor, num_images: int) -> None
     ordered = (boxes[:, 0] <= boxes[:, 2]) & (boxes[:, 1] <= boxes[:, 3]) & boxes.isfinite().all(1)
     if not bool(ordered.all()):
         row = int((~ordered).nonzero()[0])
-        raise ValueError(
-            f"{op}: boxes: expected finite x0 <= x1 and y0 <= y1, got {boxes[row].tolist()} in row {row}"
-        )
+        raise ValueError(f"{op}: boxes: expected finite x0 <= x1 and y0 <= y1, got {boxes[row].tolist()} in row {row}")
     near = ((boxes >= BOX_RANGE[0]) & (boxes <= BOX_RANGE[1])).all(1)
     if not bool(near.all()):
         row = int((~near).nonzero()[0])

@@ -16,6 +16,7 @@ from granvit._extension import EXTENSION
 IMPLS = ("cuda", "triton", "cpu", "reference")
 # In the order in which impl=None tries them, for a device type.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_UNAVAILABLE: dict[tuple[str, str, str], str | None] = {}  # (op, impl, device type) -> why not
 _VALUE_ERROR = "granvit value error: "  # csrc/cpu/host.h
 
 # Read once: reading the environment inside a compiled graph would not be traced.
@@ -26,33 +27,48 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def has_kernel(op: str, key: str) -> bool:
-    """Whether the C++ libraries registered a kernel of ``granvit::<op>`` under a dispatch key."""
-    name = f"granvit::{op}"
-    return hasattr(torch.ops.granvit, op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+def declare(op: str) -> None:
+    """Finds out what can run an op; each op's file calls it once, after its kernels were loaded.
+
+    The answers are kept in a table because finding them cannot be traced by torch.compile, and reading them can.
+    """
+    for device_type in _PREFERENCE:
+        for impl in IMPLS:
+            _UNAVAILABLE[op, impl, device_type] = _why_not(op, impl, device_type)
 
 
-def unavailable(op: str, impl: str, device_type: str) -> str | None:
-    """Why `impl` of `op` cannot run on a device type, or None where it can."""
+def _why_not(op: str, impl: str, device_type: str) -> str | None:
     if impl == "reference":
         return None
     if impl == "cpu":
         if device_type != "cpu":
             return f"it runs on CPU tensors, not on {device_type}"
-        return None if has_kernel(op, "CPU") else EXTENSION.core_reason
+        return None if _has_kernel(op, "CPU") else EXTENSION.core_reason or f"this version has no CPU kernel for {op}"
     if device_type != "cuda":
         return f"it runs on CUDA tensors, not on {device_type}"
     if impl == "cuda":
         if not EXTENSION.cuda:
             return EXTENSION.cuda_reason
-        return None if has_kernel(op, "CUDA") else f"this version has no CUDA kernel for {op}"
+        return None if _has_kernel(op, "CUDA") else f"this version has no CUDA kernel for {op}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     found = importlib.util.find_spec(f"granvit.kernels.{op}")
     return None if found else f"this version has no Triton kernel for {op}"
 
 
-@torch.compiler.assume_constant_result
+def _has_kernel(op: str, key: str) -> bool:
+    return hasattr(torch.ops.granvit, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"granvit::{op}", key)
+
+
+def unavailable(op: str, impl: str, device_type: str) -> str | None:
+    """Why `impl` of `op` cannot run on a device type, or None where it can."""
+    if impl == "reference":
+        return None
+    if device_type not in _PREFERENCE:
+        return f"granvit has no kernels for {device_type}"
+    return _UNAVAILABLE[op, impl, device_type]
+
+
 def choose(op: str, impl: str | None, device_type: str) -> str:
     """The implementation to run: the one asked for, or the best that can run.
 
@@ -85,9 +101,9 @@ def _say_once(op: str, device_type: str) -> None:
     if (op, device_type) in _said:
         return
     _said.add((op, device_type))
-    impls = _PREFERENCE.get(device_type, ("reference",))
-    reasons = [f"{impl}: {unavailable(op, impl, device_type)}" for impl in impls if impl != "reference"]
-    why = "; ".join(reasons) or f"there are no kernels for {device_type}"
+    impls = [impl for impl in _PREFERENCE.get(device_type, ()) if impl != "reference"]
+    why = "; ".join(f"{impl}: {unavailable(op, impl, device_type)}" for impl in impls)
+    why = why or f"granvit has no kernels for {device_type}"
     warnings.warn(f"granvit: {op} runs as plain PyTorch on {device_type} tensors ({why})", stacklevel=4)
 
 
@@ -105,7 +121,7 @@ def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def refuse_double_backward(op: str) -> None:
-    """Raises where a backward is itself being recorded: no kernel for its derivative exists, and zero would be wrong."""
+    """Raises where a backward is itself recorded: no kernel for its derivative exists, and zero would be wrong."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{op}: the gradient of its gradient is not implemented; impl='reference' is differentiable twice"

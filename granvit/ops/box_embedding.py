@@ -196,6 +196,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     return (*grads, grad_out, None, None)
 
 
+_dispatch.declare(_OP)
+
 if hasattr(torch.ops.granvit, _OP):
 
     @torch.library.register_fake("granvit::box_embedding")

@@ -29,13 +29,13 @@ def roi_align(
     without atomics that gives the same bits every time.
 
     Args:
-        tokens: dense ``(B, H*W, C)``, row-major patch grids; or packed ``(T, C)``, image after image. float32, bfloat16,
-            float16 or float64. Rows may be strided; a last dimension that is not contiguous is copied.
+        tokens: dense ``(B, H*W, C)``, row-major patch grids; or packed ``(T, C)``, image after image. float32,
+            bfloat16, float16 or float64. Rows may be strided; a last dimension that is not contiguous is copied.
         boxes: ``(R, 4)`` float32, ``x0 y0 x1 y1`` relative to the image, 0 to 1. Treated as constant.
         image_index: ``(R,)`` integer, the image of each box. Any order, any number of boxes an image.
         grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)`` on the CPU.
-        output_size: cells of every region as one integer or ``(h, w)``; or an integer tensor ``(R, 2)`` on the CPU with a
-            grid of its own per region.
+        output_size: cells of every region as one integer or ``(h, w)``; or an integer tensor ``(R, 2)`` on the CPU with
+            a grid of its own per region.
         sampling_ratio: samples a cell along each axis; 0 takes one per grid unit that the cell spans, rounded up.
         impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None picks the best that can run.
 
@@ -119,6 +119,8 @@ def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_cells, *[None] * 10)
 
 
+_dispatch.declare("roi_align")
+
 if hasattr(torch.ops.granvit, "roi_align"):
 
     @torch.library.register_fake("granvit::roi_align")
@@ -156,8 +158,6 @@ if hasattr(torch.ops.granvit, "roi_align"):
         return grad.new_empty((num_tokens // per_image, per_image, grad.shape[-1]))
 
     torch.library.register_autograd("granvit::roi_align", _backward, setup_context=_setup_forward)
-    torch.library.register_autograd(
-        "granvit::roi_align_backward", _backward_of_backward, setup_context=_setup_backward
-    )
+    torch.library.register_autograd("granvit::roi_align_backward", _backward_of_backward, setup_context=_setup_backward)
     _dispatch.refuse_vmap("roi_align")
     _dispatch.refuse_vmap("roi_align_backward")

@@ -1,7 +1,7 @@
 """The specification: every op in plain PyTorch.
 
-These functions favour being obviously right over being fast. They run on any device and in any floating dtype, compute in
-float32 or wider, and are differentiable as often as PyTorch is. Every kernel of this package is tested against them
+These functions favour being obviously right over being fast. They run on any device and in any floating dtype, compute
+in float32 or wider, and are differentiable as often as PyTorch is. Every kernel of this package is tested against them
 in float64. They check nothing: call the functions in :mod:`granvit.ops`, which do.
 """
 

@@ -26,9 +26,7 @@ def region_distill_loss(
 ) -> Tensor:
     """See :func:`granvit.ops.region_distill_loss`."""
     compute = accumulation_dtype(student.dtype)
-    aligned = roi_align(
-        student.to(compute), boxes, image_index, grid_size, output_size, sampling_ratio=sampling_ratio
-    )
+    aligned = roi_align(student.to(compute), boxes, image_index, grid_size, output_size, sampling_ratio=sampling_ratio)
     target = teacher.detach().to(compute)
     if loss == "mse":
         per_cell = (target - aligned).square().mean(-1)
@@ -40,9 +38,7 @@ def region_distill_loss(
     per_region = torch.stack([part.mean() for part in per_cell.flatten().split(cells)])
     if reduction == "none":
         return per_region
-    if weight is None:
-        share = torch.tensor(cells, dtype=compute, device=student.device)
-    else:
-        share = weight.detach().to(compute)
+    share = torch.tensor(cells, device=student.device) if weight is None else weight.detach()
+    share = share.to(compute)
     total = share.sum()
     return torch.where(total > 0, (share * per_region).sum() / torch.where(total > 0, total, 1), 0 * per_region.sum())

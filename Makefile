@@ -1,0 +1,42 @@
+# Each target makes .venv, installs what it needs and builds the extension; run again, it only does what has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: quickstart test bench lint format clean
+
+quickstart: $(VENV)/.built
+	$(BIN)/granvit quickstart
+
+test: $(VENV)/.built
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(getconf _NPROCESSORS_ONLN) --dist loadfile
+
+bench: $(VENV)/.built
+	$(BIN)/granvit bench --suite cpu
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Without --no-build-isolation pip would build against a second copy of torch. GRANVIT_REQUIRE_EXT turns a compile error
+# into a failed target: on a developer's machine a slower package in silence would be no help.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	GRANVIT_REQUIRE_EXT=$${GRANVIT_REQUIRE_EXT-1} $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.installed: constraints-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints-dev.txt setuptools pybind11 ninja torch torchvision
+	$(BIN)/pip install -q -c constraints-dev.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)/.built granvit/*.so granvit/_build.json

@@ -1,0 +1,494 @@
+// region_attention on the CPU, forward and backward.
+//
+// Forward: a task takes one head of a few regions of one image, gathers pointers to the covered tokens and reads each
+// of their keys and values once for up to kQueryBlock queries. Backward: a task owns one head of one image and sweeps
+// its grid row by row; the log-sum-exp of the forward makes every row independent of the others, so keys, values and
+// their gradients pass through the cache once, however many regions overlap there.
+#include <limits>
+#include <new>
+
+#include "attention_cells.h"
+#include "attention_tiles.h"
+#include "math.h"
+
+namespace granvit::cpu {
+
+struct RegionAttentionArgs {
+  RegionPlan plan;
+  TokenView key;
+  TokenView value;
+  int64_t queries;  // per region
+  int64_t heads;
+  int64_t dim;
+  double scale;
+  const void* query;  // rows of heads * dim contiguous elements
+  int64_t query_region_stride;
+  int64_t query_stride;
+  void* output;  // (R, Q, heads, dim) contiguous; backward: read
+  void* lse;     // (R, heads, Q) in the accumulation type; backward: read
+  // Backward only. Gradients that are not wanted are null.
+  const void* grad;  // (R, Q, heads, dim) contiguous
+  void* grad_query;
+  TokenView grad_key;
+  TokenView grad_value;
+};
+
+GRANVIT_DECLARE_KERNEL(region_attention_forward, RegionAttentionArgs)
+GRANVIT_DECLARE_KERNEL(region_attention_backward, RegionAttentionArgs)
+
+namespace GRANVIT_ISA {
+
+namespace {
+
+constexpr int64_t kQueryBlock = 16;     // queries that share one reading of keys and values
+constexpr int64_t kTokenStrip = 32;     // tokens that stay in the first-level cache for all of these
+constexpr int64_t kRegionsPerTask = 8;  // overlapping regions find each other's tokens in the second-level cache
+
+// score[j] += bias[j], then weight[j] = exp(score[j] - maximum) in place; the entries from `count` up to the next whole
+// vector become 0. Returns the sum of the weights.
+template <typename A>
+A softmax_weights(A* score, const A* bias, int64_t count, A* maximum) {
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  const int64_t end = round_up(count, kLanes<A>);
+  std::fill(score + count, score + end, kLowest);
+  Vec<A> highest = splat(kLowest);
+  for (int64_t j = 0; j < end; j += kLanes<A>) {
+    const Vec<A> s = load(score + j) + load(bias + j);
+    highest = s > highest ? s : highest;
+    store(score + j, s);
+  }
+  *maximum = max_lanes<A>(highest);
+  Vec<A> sum{};
+  for (int64_t j = 0; j < end; j += kLanes<A>) {
+    const Vec<A> w = exp(load(score + j) - *maximum);
+    sum += w;
+    store(score + j, w);
+  }
+  return sum_lanes<A>(sum);
+}
+
+// score[j] becomes the weight's share of the gradient of the score, weight * (grad_weight - delta), and grad_weight[j]
+// the weight, exp(score + bias - lse); both 0 from `count` on.
+template <typename A>
+void softmax_gradient(A* score, A* grad_weight, const A* bias, int64_t count, A lse, A delta) {
+  for (int64_t j = 0; j < count; j += kLanes<A>) {
+    const Vec<A> w = exp(load(score + j) + load(bias + j) - lse);
+    store(score + j, w * (load(grad_weight + j) - delta));
+    store(grad_weight + j, w);
+  }
+  const int64_t end = round_up(count, kTokenBlock);
+  std::fill(score + count, score + end, A(0));
+  std::fill(grad_weight + count, grad_weight + end, A(0));
+}
+
+// A zero-filled array: what lies beyond the last channel of a head takes part in whole vectors.
+template <typename T>
+T* take_zeros(Scratch& scratch, int64_t count) {
+  T* p = scratch.take<T>(count);
+  std::fill(p, p + count, T{});
+  return p;
+}
+
+// Pointers to the keys and values that a region covers, and their log coverage.
+template <typename T>
+struct Cells {
+  const T** keys;
+  const T** values;
+  acc_t<T>* bias;
+  int64_t count;
+  int64_t whole;  // pointers up to here can be read
+
+  Cells(int64_t most, Scratch& scratch)
+      : keys(scratch.take<const T*>(round_up(most, kTokenBlock))),
+        values(scratch.take<const T*>(round_up(most, kTokenBlock))),
+        bias(take_zeros<acc_t<T>>(scratch, round_up(most, kLanes<float>))) {}
+
+  void gather(const RegionAttentionArgs& a, const Footprint& f, int64_t b, int64_t channel, const T* nothing) {
+    const ImageGrid& image = a.plan.images[b];
+    count = 0;
+    for (int64_t y = f.y0; y < f.y1; ++y) {
+      const T* key = a.key.row<const T>(image, b, y * image.width + f.x0) + channel;
+      const T* value = a.value.row<const T>(image, b, y * image.width + f.x0) + channel;
+      for (int64_t j = 0; j < f.width(); ++j) {
+        keys[count + j] = key + j * a.key.row_stride;
+        values[count + j] = value + j * a.value.row_stride;
+      }
+      f.write_bias(y, bias + count);
+      count += f.width();
+    }
+    whole = round_up(count, kTokenBlock);
+    std::fill(keys + count, keys + whole, nothing);
+    std::fill(values + count, values + whole, nothing);
+  }
+};
+
+template <typename T>
+void forward(const RegionAttentionArgs& a) {
+  using A = acc_t<T>;
+  Scratch shared;
+  const Footprint* footprints = make_footprints(a.plan, shared);
+  const RegionGroups groups = make_groups(a.plan, kRegionsPerTask, shared);
+  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), groups.count);
+  const int64_t padded = round_up(a.dim, kLanes<A>);
+  const int64_t block = std::min(a.queries, kQueryBlock);
+  parallel_tasks((a.heads + head_group - 1) / head_group * groups.count, [&](int64_t task, Scratch& scratch) {
+    const int64_t first_head = task / groups.count * head_group;
+    const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
+    const RegionGroup group = groups.group[task % groups.count];
+    int64_t most = 0;
+    for (int64_t i = group.first; i < group.last; ++i) most = std::max(most, footprints[a.plan.by_image[i]].cells());
+    Cells<T> cells(most, scratch);
+    const T* nothing = take_zeros<T>(scratch, heads * a.dim);
+    // Rows (head, query).
+    const int64_t stride = round_up(most, kLanes<float>);
+    A* weight = scratch.take<A>(heads * block * stride);
+    A* query = take_zeros<A>(scratch, heads * block * padded);
+    A* out = scratch.take<A>(heads * block * padded);
+    A* total = scratch.take<A>(heads * block);
+
+    for (int64_t i = group.first; i < group.last; ++i) {
+      const int64_t r = a.plan.by_image[i];
+      cells.gather(a, footprints[r], a.plan.regions[r].image, channel, nothing);
+      for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
+        const int64_t queries = std::min(kQueryBlock, a.queries - q0);
+        const auto for_each_row = [&](const auto& body) {
+          for (int64_t h = 0; h < heads; ++h)
+            for (int64_t q = 0; q < queries; ++q) body(h, q, h * block + q);
+        };
+        const auto for_each_tile = [&](const auto& body) {
+          for (int64_t j = 0; j < cells.whole; j += kTokenStrip)
+            for (int64_t h = 0; h < heads; ++h)
+              for_each_query_tile(queries, [&](int64_t q, auto tile) {
+                body(j, std::min(kTokenStrip, cells.whole - j), h * a.dim, h * block + q, tile);
+              });
+        };
+        for_each_row([&](int64_t h, int64_t q, int64_t row) {
+          const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + (q0 + q) * a.query_stride;
+          widen_row(from + channel + h * a.dim, a.dim, static_cast<A>(a.scale), query + row * padded);
+        });
+        for_each_tile([&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
+          dot_tile<T, decltype(tile)::value>(query + row * padded, padded, cells.keys + j, offset, count, a.dim,
+                                             weight + row * stride + j, stride);
+        });
+        for_each_row([&](int64_t h, int64_t q, int64_t row) {
+          A maximum;
+          total[row] = softmax_weights(weight + row * stride, cells.bias, cells.count, &maximum);
+          A* lse = static_cast<A*>(a.lse) + (r * a.heads + first_head + h) * a.queries + q0 + q;
+          *lse = maximum + std::log(total[row]);
+        });
+        std::fill(out, out + heads * block * padded, A(0));
+        for_each_tile([&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
+          mix_tile<T, decltype(tile)::value>(weight + row * stride + j, stride, cells.values + j, offset, count, a.dim,
+                                             out + row * padded, padded);
+        });
+        for_each_row([&](int64_t h, int64_t q, int64_t row) {
+          T* to = static_cast<T*>(a.output) + ((r * a.queries + q0 + q) * a.heads + first_head + h) * a.dim;
+          narrow_row(out + row * padded, a.dim, 1 / total[row], to);
+        });
+      }
+    }
+  });
+}
+
+// What the backward keeps of one head's regions for a sweep over the image, in the accumulation type.
+template <typename T>
+struct Queries {
+  using A = acc_t<T>;
+  A* query;       // rows (region, query) of `padded`, scaled
+  A* grad;        // likewise: of the output
+  A* grad_query;  // likewise: collects
+  A* lse;
+  A* delta;  // grad . output, which the softmax's gradient subtracts
+
+  Queries(const RegionAttentionArgs& a, RegionGroup group, int64_t head, int64_t padded, Scratch& scratch) {
+    const int64_t rows = (group.last - group.first) * a.queries;
+    query = take_zeros<A>(scratch, rows * padded);
+    grad = take_zeros<A>(scratch, rows * padded);
+    grad_query = take_zeros<A>(scratch, rows * padded);
+    lse = scratch.take<A>(rows);
+    delta = scratch.take<A>(rows);
+    A* output = take_zeros<A>(scratch, padded);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t r = a.plan.by_image[group.first + row / a.queries], q = row % a.queries;
+      const int64_t offset = ((r * a.queries + q) * a.heads + head) * a.dim;
+      const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + q * a.query_stride + head * a.dim;
+      widen_row(from, a.dim, static_cast<A>(a.scale), query + row * padded);
+      widen_row(static_cast<const T*>(a.grad) + offset, a.dim, A(1), grad + row * padded);
+      widen_row(static_cast<const T*>(a.output) + offset, a.dim, A(1), output);
+      Vec<A> sum{};
+      for (int64_t c = 0; c < padded; c += kLanes<A>) sum += load(output + c) * load(grad + row * padded + c);
+      delta[row] = sum_lanes<A>(sum);
+      lse[row] = static_cast<const A*>(a.lse)[(r * a.heads + head) * a.queries + q];
+    }
+  }
+
+  void write_gradient(const RegionAttentionArgs& a, RegionGroup group, int64_t head, int64_t padded) const {
+    for (int64_t row = 0; row < (group.last - group.first) * a.queries; ++row) {
+      const int64_t r = a.plan.by_image[group.first + row / a.queries], q = row % a.queries;
+      narrow_row(grad_query + row * padded, a.dim, static_cast<A>(a.scale),
+                 static_cast<T*>(a.grad_query) + ((r * a.queries + q) * a.heads + head) * a.dim);
+    }
+  }
+};
+
+// One grid row of some heads in the accumulation type, as (column, head) rows of `padded`: keys, values, and their
+// gradients, which collect here over all regions.
+template <typename T>
+struct GridRow {
+  using A = acc_t<T>;
+  enum Part { kKey, kValue, kGradKey, kGradValue, kParts };
+  int64_t heads;
+  int64_t padded;
+  A* data[kParts];
+  A** column[kParts];  // of one region, filled up with `nothing` or `spill`
+  A* nothing;
+  A* spill;
+
+  GridRow(int64_t width, int64_t heads, int64_t padded, Scratch& scratch) : heads(heads), padded(padded) {
+    for (int part = 0; part < kParts; ++part) {
+      data[part] = take_zeros<A>(scratch, width * heads * padded);
+      column[part] = scratch.take<A*>(round_up(width, kTokenBlock));
+    }
+    nothing = take_zeros<A>(scratch, heads * padded);
+    spill = take_zeros<A>(scratch, heads * padded);
+  }
+
+  void read(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
+            int64_t channel, int64_t dim, Part part) {
+    for (int64_t x = begin; x < end; ++x) {
+      const T* from = tokens.row<const T>(image, b, y * image.width + x) + channel;
+      for (int64_t h = 0; h < heads; ++h) widen_row(from + h * dim, dim, A(1), data[part] + (x * heads + h) * padded);
+    }
+  }
+
+  void clear(int64_t begin, int64_t end, Part part) {
+    std::fill(data[part] + begin * heads * padded, data[part] + end * heads * padded, A(0));
+  }
+
+  // Writes the row out; columns outside [begin, end), which no region covers, as zeros.
+  void write(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
+             int64_t channel, int64_t dim, Part part) const {
+    for (int64_t x = 0; x < image.width; ++x) {
+      T* to = tokens.row<T>(image, b, y * image.width + x) + channel;
+      if (x < begin || x >= end) {
+        std::fill(to, to + heads * dim, T{});
+        continue;
+      }
+      for (int64_t h = 0; h < heads; ++h) narrow_row(data[part] + (x * heads + h) * padded, dim, A(1), to + h * dim);
+    }
+  }
+
+  // Points `column` at the region's columns. Tiles read zeros beyond them, and write what nobody reads.
+  void select(const Footprint& f) {
+    const int64_t count = f.width(), whole = round_up(count, kTokenBlock);
+    for (int part = 0; part < kParts; ++part) {
+      for (int64_t j = 0; j < count; ++j) column[part][j] = data[part] + (f.x0 + j) * heads * padded;
+      std::fill(column[part] + count, column[part] + whole, part == kKey || part == kValue ? nothing : spill);
+    }
+  }
+};
+
+template <typename T>
+void backward(const RegionAttentionArgs& a) {
+  using A = acc_t<T>;
+  using Row = GridRow<T>;
+  Scratch shared;
+  const Footprint* footprints = make_footprints(a.plan, shared);
+  const RowIndex index = make_row_index(a.plan, footprints, shared);
+  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), a.plan.num_images);
+  const int64_t head_groups = (a.heads + head_group - 1) / head_group;
+  const int64_t padded = round_up(a.dim, kLanes<A>);
+  const bool for_query = a.grad_query != nullptr, for_tokens = a.grad_key.data != nullptr;
+  parallel_tasks(a.plan.num_images * head_groups, [&](int64_t task, Scratch& scratch) {
+    const int64_t b = task / head_groups, first_head = task % head_groups * head_group;
+    const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
+    const ImageGrid& image = a.plan.images[b];
+    const RegionGroup group{a.plan.image_start[b], a.plan.image_start[b + 1]};
+    Queries<T>* all = scratch.take<Queries<T>>(heads);
+    for (int64_t h = 0; h < heads; ++h) new (all + h) Queries<T>(a, group, first_head + h, padded, scratch);
+    Row row(image.width, heads, padded, scratch);
+    const int64_t stride = round_up(image.width, kLanes<float>);
+    A* bias = take_zeros<A>(scratch, stride);
+    A* score = scratch.take<A>(stride * kQueryBlock);
+    A* weight = scratch.take<A>(stride * kQueryBlock);
+
+    for (int64_t y = 0; y < image.height; ++y) {
+      const int64_t* active = index.start + index.image_rows[b] + y;
+      int64_t begin = image.width, end = 0;
+      for (int64_t i = active[0]; i < active[1]; ++i) {
+        const Footprint& f = footprints[a.plan.by_image[group.first + index.position[i]]];
+        begin = std::min<int64_t>(begin, f.x0);
+        end = std::max<int64_t>(end, f.x1);
+      }
+      row.read(a.key, image, b, y, begin, end, channel, a.dim, Row::kKey);
+      row.read(a.value, image, b, y, begin, end, channel, a.dim, Row::kValue);
+      if (for_tokens && begin < end) {
+        row.clear(begin, end, Row::kGradKey);
+        row.clear(begin, end, Row::kGradValue);
+      }
+      for (int64_t i = active[0]; i < active[1]; ++i) {
+        const int64_t position = index.position[i];
+        const Footprint& f = footprints[a.plan.by_image[group.first + position]];
+        const int64_t whole = round_up(f.width(), kTokenBlock);
+        row.select(f);
+        f.write_bias(y, bias);
+        for (int64_t h = 0; h < heads; ++h) {
+          for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
+            const int64_t queries = std::min(kQueryBlock, a.queries - q0), first = position * a.queries + q0;
+            const int64_t offset = h * padded;
+            const A* query = all[h].query + first * padded;
+            const A* grad = all[h].grad + first * padded;
+            for_each_query_tile(queries, [&](int64_t q, auto tile) {
+              constexpr int kTile = decltype(tile)::value;
+              dot_tile<A, kTile>(query + q * padded, padded, row.column[Row::kKey], offset, whole, padded,
+                                 score + q * stride, stride);
+              dot_tile<A, kTile>(grad + q * padded, padded, row.column[Row::kValue], offset, whole, padded,
+                                 weight + q * stride, stride);
+            });
+            for (int64_t q = 0; q < queries; ++q)
+              softmax_gradient(score + q * stride, weight + q * stride, bias, f.width(), all[h].lse[first + q],
+                               all[h].delta[first + q]);
+            for_each_query_tile(queries, [&](int64_t q, auto tile) {
+              constexpr int kTile = decltype(tile)::value;
+              if (for_query)
+                mix_tile<A, kTile>(score + q * stride, stride, row.column[Row::kKey], offset, whole, padded,
+                                   all[h].grad_query + (first + q) * padded, padded);
+              if (for_tokens) {
+                spread_tile<A, kTile>(score + q * stride, stride, query + q * padded, padded, row.column[Row::kGradKey],
+                                      offset, whole);
+                spread_tile<A, kTile>(weight + q * stride, stride, grad + q * padded, padded,
+                                      row.column[Row::kGradValue], offset, whole);
+              }
+            });
+          }
+        }
+      }
+      if (for_tokens) {
+        row.write(a.grad_key, image, b, y, begin, end, channel, a.dim, Row::kGradKey);
+        row.write(a.grad_value, image, b, y, begin, end, channel, a.dim, Row::kGradValue);
+      }
+    }
+    if (for_query)
+      for (int64_t h = 0; h < heads; ++h) all[h].write_gradient(a, group, first_head + h, padded);
+  });
+}
+
+}  // namespace
+
+void region_attention_forward(const RegionAttentionArgs& a) {
+  with_dtype(a.key.dtype, [&](auto t) { forward<decltype(t)>(a); });
+}
+void region_attention_backward(const RegionAttentionArgs& a) {
+  with_dtype(a.key.dtype, [&](auto t) { backward<decltype(t)>(a); });
+}
+
+}  // namespace GRANVIT_ISA
+}  // namespace granvit::cpu
+
+#ifdef GRANVIT_HOST
+#include "host.h"
+
+namespace granvit::cpu {
+namespace {
+
+RegionAttentionArgs make_args(const char* op, const HostPlan& host, const Tensor& query, const Tensor& key,
+                              const Tensor& value, bool packed, double scale) {
+  RegionAttentionArgs args{};
+  args.plan = host.plan();
+  args.key = view_tokens(op, "key", key, args.plan, packed);
+  args.value = view_tokens(op, "value", value, args.plan, packed);
+  expect(query.dim() == 4 && query.is_cpu() && query.size(0) == args.plan.num_regions, op, ": query: expected shape (",
+         args.plan.num_regions, ", Q, heads, dim) to match boxes, on the CPU");
+  args.queries = query.size(1);
+  args.heads = query.size(2);
+  args.dim = query.size(3);
+  expect(args.dim >= 8 && args.dim % 8 == 0, op, ": query: expected a dim that is a multiple of 8, got ", args.dim);
+  expect(query.stride(3) == 1 && (args.heads <= 1 || query.stride(2) == args.dim), op,
+         ": query: expected contiguous heads and dim");
+  const int64_t last = packed ? 2 : 3;
+  for (const Tensor* t : {&key, &value})
+    expect(t->dim() == last + 1 && t->size(last - 1) == args.heads && t->size(last) == args.dim, op, ": ",
+           t == &key ? "key" : "value", ": expected heads and dim (", args.heads, ", ", args.dim, ") like query");
+  expect(dtype_of(query, op, "query") == args.key.dtype && args.value.dtype == args.key.dtype, op,
+         ": query, key and value: expected one dtype");
+  args.scale = scale;
+  args.query = query.const_data_ptr();
+  args.query_region_stride = query.stride(0);
+  args.query_stride = query.stride(1);
+  return args;
+}
+
+std::tuple<Tensor, Tensor> region_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& boxes, const Tensor& image_index,
+                                            const std::optional<Tensor>& grid_sizes, int64_t grid_height,
+                                            int64_t grid_width, double scale) {
+  const char* op = "region_attention";
+  const HostPlan host(op, {boxes, image_index, grid_sizes, grid_height, grid_width, std::nullopt, 1, 1}, key.size(0));
+  RegionAttentionArgs args = make_args(op, host, query, key, value, grid_sizes.has_value(), scale);
+  Tensor output = torch::stable::new_empty(query, {query.size(0), args.queries, args.heads, args.dim});
+  Tensor lse = torch::stable::new_empty(query, {query.size(0), args.heads, args.queries},
+                                        args.key.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  args.output = output.mutable_data_ptr();
+  args.lse = lse.mutable_data_ptr();
+  region_attention_forward_kernel()(args);
+  return {output, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> region_attention_backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+    const Tensor& lse, const Tensor& boxes, const Tensor& image_index, const std::optional<Tensor>& grid_sizes,
+    int64_t grid_height, int64_t grid_width, double scale, bool for_query, bool for_tokens) {
+  const char* op = "region_attention_backward";
+  const bool packed = grid_sizes.has_value();
+  const HostPlan host(op, {boxes, image_index, grid_sizes, grid_height, grid_width, std::nullopt, 1, 1}, key.size(0));
+  RegionAttentionArgs args = make_args(op, host, query, key, value, packed, scale);
+  const Tensor grad_rows = torch::stable::contiguous(grad), output_rows = torch::stable::contiguous(output);
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  for (const Tensor* t : {&grad_rows, &output_rows})
+    expect(t->numel() == query.numel() && t->scalar_type() == query.scalar_type(), op, ": ",
+           t == &grad_rows ? "grad" : "output", ": expected shape and dtype of query");
+  const ScalarType wide = args.key.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  expect(lse_rows.numel() == query.size(0) * args.heads * args.queries && lse_rows.scalar_type() == wide, op,
+         ": lse: expected shape (R, heads, Q) in the accumulation dtype");
+  args.grad = grad_rows.const_data_ptr();
+  args.output = const_cast<void*>(output_rows.const_data_ptr());
+  args.lse = const_cast<void*>(lse_rows.const_data_ptr());
+  Tensor grad_query, grad_key, grad_value;
+  if (for_query) {
+    grad_query = torch::stable::new_empty(query, {query.size(0), args.queries, args.heads, args.dim});
+    args.grad_query = grad_query.mutable_data_ptr();
+  } else {
+    grad_query = torch::stable::new_empty(query, {0});
+  }
+  if (for_tokens) {
+    for (Tensor* t : {&grad_key, &grad_value})
+      *t = packed ? torch::stable::new_empty(key, {key.size(0), args.heads, args.dim})
+                  : torch::stable::new_empty(key, {key.size(0), key.size(1), args.heads, args.dim});
+    args.grad_key = view_tokens(op, "grad_key", grad_key, args.plan, packed);
+    args.grad_value = view_tokens(op, "grad_value", grad_value, args.plan, packed);
+  } else {
+    for (Tensor* t : {&grad_key, &grad_value}) *t = torch::stable::new_empty(key, {0});
+  }
+  region_attention_backward_kernel()(args);
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(granvit, m) {
+  m.def(
+      "region_attention(Tensor query, Tensor key, Tensor value, Tensor boxes, Tensor image_index, Tensor? grid_sizes, "
+      "SymInt grid_height, SymInt grid_width, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "region_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+      "Tensor boxes, Tensor image_index, Tensor? grid_sizes, SymInt grid_height, SymInt grid_width, float scale, "
+      "bool for_query, bool for_tokens) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(granvit, CPU, m) {
+  m.impl("region_attention", TORCH_BOX(&region_attention));
+  m.impl("region_attention_backward", TORCH_BOX(&region_attention_backward));
+}
+
+}  // namespace granvit::cpu
+#endif  // GRANVIT_HOST

@@ -1,0 +1,72 @@
+"""The ``granvit`` command. A subcommand imports what it needs when it runs, so ``granvit info`` works everywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from granvit.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Region ops for Vision Transformers.")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print plain data for a bug report.")] = False) -> None:
+    """Print what was built, for which targets, and what each op can run here and why not."""
+    from granvit import info as information
+
+    collected = information.collect()
+    print(json.dumps(collected, indent=2) if as_json else information.render(collected))
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out/quickstart"),
+) -> None:
+    """Run one self-distillation step and region pooling on real photographs, with stock PyTorch and with granvit."""
+    from granvit import quickstart as package
+
+    package.run(out)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="cpu, gpu, sweep, or smoke (seconds, tiny shapes).")] = "cpu",
+    select: Annotated[
+        str | None, typer.Option("-k", "--select", help="pytest -k expression over case names; --list shows them.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; left out, the suite's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for JSON, log and plots.")] = Path("out/bench"),
+    list_only: Annotated[bool, typer.Option("--list", help="Print the cases and run none.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
+) -> None:
+    """Time the ops beside what people use today, check every result, print ratios and floors, draw plots."""
+    from granvit import bench as benchmarks
+
+    code = benchmarks.run(
+        suite, select=select, dtypes=dtype or (), device=device, output=output, list_only=list_only, plots=plots
+    )
+    raise typer.Exit(code)
+
+
+@app.callback()
+def _configure() -> None:
+    """Region ops for Vision Transformers."""
+
+
+def main() -> None:
+    """Entry point: an error that a user can mend is one line on stderr, not a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"granvit: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""region_distill_loss: against the float64 reference, torchvision's form, and PyTorch's own expectations of an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from granvit.ops import region_distill_loss
+from tests.ops.test_roi_align import IMPLS, stock_roi_align
+from tests.support import DTYPES, Case, assert_within_budget, dense_case, packed_case, run_at_isa
+
+
+def stock_loss(
+    student: Tensor,
+    teacher: Tensor,
+    case: Case,
+    size: tuple[int, int],
+    loss: str,
+    reduction: str,
+    weight: Tensor | None,
+) -> Tensor:
+    """What people write today: torchvision's map, then a loss of torch.nn.functional, in the tokens' dtype."""
+    aligned = stock_roi_align(student, case, size)
+    if loss == "mse":
+        per_region = F.mse_loss(aligned, teacher, reduction="none").mean((1, 2))
+    else:
+        per_region = 1 - F.cosine_similarity(aligned, teacher, dim=-1).mean(1)
+    if reduction == "none":
+        return per_region
+    return per_region.mean() if weight is None else (weight * per_region).sum() / weight.sum()
+
+
+def keep_inside(case: Case, loss: str) -> None:
+    """Cells outside the image align to exact zeros, of which stock PyTorch's float16 cosine is NaN."""
+    if loss == "cosine":
+        case.boxes.clamp_(0, 1)
+        case.boxes[8] = torch.tensor([0.1, 0.1, 0.4, 0.2])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("reduction", ["mean", "weighted", "none"])
+@pytest.mark.parametrize(
+    ("grid", "channels", "size"), [((13, 17), 37, (7, 5)), ((9, 5), 290, (6, 9)), ((1, 2), 3, (1, 1))]
+)
+def test_matches_the_float64_reference(
+    impl: str,
+    dtype: torch.dtype,
+    loss: str,
+    reduction: str,
+    grid: tuple[int, int],
+    channels: int,
+    size: tuple[int, int],
+) -> None:
+    case = dense_case(*grid)
+    keep_inside(case, loss)
+    student = case.tokens(channels, dtype=dtype)
+    weight = torch.rand(12) if reduction == "weighted" else None
+    reduction = "none" if reduction == "none" else "mean"
+    upstream = torch.randn(12) if reduction == "none" else torch.tensor(0.7)
+
+    def loss_and_gradient(x: Tensor, teacher: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        value = region_distill_loss(
+            x, teacher, case.boxes, case.image_index, grid, size,
+            loss=loss, reduction=reduction, weight=weight, impl=impl,
+        )  # fmt: skip
+        assert value.dtype == torch.promote_types(x.dtype, torch.float32)
+        value.backward(upstream.to(value.dtype))
+        assert x.grad.dtype == x.dtype
+        return value.detach(), x.grad
+
+    # A scalar of stock PyTorch can be exact by luck; the worst of several draws cannot.
+    results = []
+    for _ in range(8 if channels == 3 else 3):
+        teacher = torch.randn(12, size[0] * size[1], channels).to(dtype)
+        x = student.clone().requires_grad_()
+        stock = stock_loss(x, teacher, case, size, loss, reduction, None if weight is None else weight.to(dtype))
+        stock.backward(upstream.to(dtype))
+        exact = loss_and_gradient(student.double(), teacher.double(), "reference")
+        results.append((*loss_and_gradient(student, teacher, impl), stock.detach(), x.grad, *exact))
+    ours, ours_grad, stock, stock_grad, exact, exact_grad = (torch.stack(part) for part in zip(*results, strict=True))
+    assert_within_budget(ours, stock, exact, dtype, "loss")
+    assert_within_budget(ours_grad, stock_grad, exact_grad, dtype, "gradient of the student")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_grids_on_both_sides(dtype: torch.dtype, loss: str) -> None:
+    case = packed_case()
+    keep_inside(case, loss)
+    sizes = torch.randint(1, 9, (12, 2))
+    student, teacher = case.tokens(45, dtype=dtype), torch.randn(int(sizes.prod(1).sum()), 45).to(dtype)
+
+    def run(x: Tensor, t: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        value = region_distill_loss(x, t, case.boxes, case.image_index, case.grid_size, sizes, loss=loss, impl=impl)
+        value.backward()
+        return value.detach(), x.grad
+
+    exact, exact_grad = run(student.double(), teacher.double(), "reference")
+    maps = list(student.clone().requires_grad_().split([int(h * w) for h, w in case.grid_size]))
+    leaf = maps[0]._base if maps[0]._base is not None else maps[0]
+    total, cells = 0, 0
+    parts = teacher.split(sizes.prod(1).tolist())
+    for box, image, size, part in zip(case.boxes, case.image_index.tolist(), sizes.tolist(), parts, strict=True):
+        one = Case(tuple(case.grid_size[image].tolist()), 1, box[None], torch.zeros(1, dtype=torch.long))
+        region = stock_loss(maps[image][None], part[None], one, size, loss, "mean", None)
+        total, cells = total + region * len(part), cells + len(part)
+    stock = total / cells
+    (stock_grad,) = torch.autograd.grad(stock, leaf)
+    ours, ours_grad = run(student, teacher, "cpu")
+    assert_within_budget(ours, stock, exact, dtype, "loss")
+    assert_within_budget(ours_grad, stock_grad, exact_grad, dtype, "gradient of the student")
+
+
+def test_the_same_map_costs_nothing() -> None:
+    """A student equal to the teacher over the full image has loss 0 and gradient 0."""
+    tokens = torch.randn(2, 30, 16, requires_grad=True)
+    boxes, index = torch.tensor([[0.0, 0, 1, 1]] * 2), torch.arange(2)
+    loss = region_distill_loss(tokens, tokens.detach(), boxes, index, (5, 6), (5, 6), sampling_ratio=1)
+    loss.backward()
+    assert loss.item() == 0
+    assert not tokens.grad.any()
+
+
+def test_strided_teacher_and_student() -> None:
+    case = dense_case(6, 7)
+    student, teacher = torch.randn(3, 43, 24)[:, 1:], torch.randn(12, 10, 24)[:, 1:]
+    arguments = (case.boxes, case.image_index, (6, 7), 3)
+    expected = region_distill_loss(student.contiguous(), teacher.contiguous(), *arguments)
+    assert torch.equal(region_distill_loss(student, teacher, *arguments), expected)
+    backwards = torch.randn(12, 24, 9).transpose(1, 2)
+    expected = region_distill_loss(student, backwards.contiguous(), *arguments)
+    assert torch.equal(region_distill_loss(student, backwards, *arguments), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_no_regions(impl: str, loss: str) -> None:
+    student = torch.randn(2, 12, 5, requires_grad=True)
+    arguments = (torch.zeros(0, 4, 5), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), (3, 4), 2)
+    value = region_distill_loss(student, *arguments, loss=loss, impl=impl)
+    value.backward()
+    assert value.shape == ()
+    assert value.item() == 0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+    assert region_distill_loss(student, *arguments, loss=loss, reduction="none", impl=impl).shape == (0,)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_that_sum_to_zero_give_zero(impl: str) -> None:
+    case = dense_case(6, 7)
+    student = case.tokens(8).requires_grad_()
+    value = region_distill_loss(
+        student, torch.randn(12, 9, 8), case.boxes, case.image_index, (6, 7), 3, weight=torch.zeros(12), impl=impl
+    )
+    value.backward()
+    assert value.item() == 0
+    assert not student.grad.any()
+
+
+def test_cosine_of_a_region_outside_the_image_is_finite() -> None:
+    student = torch.randn(1, 42, 8, requires_grad=True)
+    box, index = torch.tensor([[1.2, 1.2, 1.4, 1.4]]), torch.zeros(1, dtype=torch.long)
+    value = region_distill_loss(student, torch.randn(1, 9, 8), box, index, (6, 7), 3, loss="cosine", impl="cpu")
+    value.backward()
+    assert value.item() == 1
+    assert not student.grad.any()
+
+
+def test_float16_gradient_survives_a_loss_scale() -> None:
+    """A mean over many elements has gradients below float16's range until the loss scale arrives."""
+    case = dense_case(24, 24, images=4, regions=32)
+    student, teacher = case.tokens(256, dtype=torch.float16), torch.randn(32, 1024, 256).half()
+    arguments = (case.boxes, case.image_index, (24, 24), 32)
+    x, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    (region_distill_loss(x, teacher, *arguments) * 65536).backward()
+    (region_distill_loss(exact, teacher.double(), *arguments, impl="reference") * 65536).backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(packed: bool, loss: str, reduction: str) -> None:
+    case = packed_case(images=2, regions=5, largest=5) if packed else dense_case(4, 5, images=2, regions=5)
+    size = torch.randint(1, 4, (5, 2)) if packed else (2, 3)
+    cells = (int(size.prod(1).sum()),) if packed else (5, 6)
+    student = case.tokens(3, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(*cells, 3, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        return region_distill_loss(
+            x, teacher, case.boxes, case.image_index, case.grid_size, size, loss=loss, reduction=reduction, impl="cpu"
+        )
+
+    assert torch.autograd.gradcheck(function, student)
+    value = function(student).sum()
+    with pytest.raises(RuntimeError, match="region_distill_loss: the gradient of its gradient is not implemented"):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction: str) -> None:
+    case = dense_case(6, 7)
+    arguments = (case.boxes, case.image_index, None, 6, 7, None, 3, 2)
+    student, teacher = case.tokens(8).requires_grad_(), torch.randn(12, 6, 8)
+    torch.library.opcheck(
+        torch.ops.granvit.region_distill.default,
+        (student, teacher, *arguments, None, "mse", reduction, 2, True),
+        # The second output is the saved gradient itself: its own derivative is refused, not computed.
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        torch.ops.granvit.region_distill_backward.default,
+        (torch.randn(12), student.detach(), teacher, *arguments, "cosine", 2),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_fullgraph_with_changing_number_of_regions(reduction: str) -> None:
+    def function(student: Tensor, teacher: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
+        value = region_distill_loss(student * 2, teacher, boxes, index, (8, 9), 4, reduction=reduction)
+        return 3 * value.sum()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for regions in (5, 11, 3):
+        case = dense_case(8, 9, regions=regions)
+        student, teacher = case.tokens(16).requires_grad_(), torch.randn(regions, 16, 16)
+        arguments = (student, teacher, case.boxes, case.image_index)
+        (expected,) = torch.autograd.grad(function(*arguments), student)
+        (grad,) = torch.autograd.grad(compiled(*arguments), student)
+        torch.testing.assert_close(grad, expected)
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
+            return region_distill_loss(student, teacher, boxes, index, (6, 7), 3)
+
+    def inputs(regions: int) -> tuple[Tensor, ...]:
+        case = dense_case(6, 7, regions=regions)
+        return case.tokens(8), torch.randn(regions, 9, 8), case.boxes, case.image_index
+
+    dim = torch.export.Dim("regions", min=2, max=64)
+    program = torch.export.export(Model(), inputs(12), dynamic_shapes=({}, {0: dim}, {0: dim}, {0: dim}))
+    other = inputs(17)
+    assert torch.equal(program.module()(*other), Model()(*other))
+
+
+def test_autocast_runs_in_the_incoming_dtype() -> None:
+    case = dense_case(6, 7)
+    student, teacher = case.tokens(8).requires_grad_(), torch.randn(12, 9, 8)
+    arguments = (student, teacher, case.boxes, case.image_index, (6, 7), 3)
+    expected = region_distill_loss(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = region_distill_loss(*arguments)
+    assert torch.equal(value, expected)
+    assert torch.equal(*(torch.autograd.grad(v, student)[0] for v in (value, expected)))
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_the_same_bits_every_time(loss: str) -> None:
+    case = dense_case(16, 16, regions=30)
+    student, teacher = case.tokens(70).requires_grad_(), torch.randn(30, 25, 70)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (threads, threads, 1, 3):
+        torch.set_num_threads(count)
+        value = region_distill_loss(student, teacher, case.boxes, case.image_index, (16, 16), 5, loss=loss, impl="cpu")
+        results.append((value.detach(), torch.autograd.grad(value, student)[0]))
+    torch.set_num_threads(threads)
+    for value, grad in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_saves_nothing_of_the_teacher_for_a_mean() -> None:
+    case = dense_case(6, 7)
+    student = case.tokens(8).requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        region_distill_loss(student, torch.randn(12, 900, 8), case.boxes, case.image_index, (6, 7), 30, impl="cpu")
+    assert sum(t.numel() for t in saved) == student.numel()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_boxes_grids_and_counts(data: st.DataObject) -> None:
+    edge = st.floats(0, 1, width=32)
+    count = data.draw(st.integers(0, 6))
+    boxes = torch.tensor([[data.draw(edge) for _ in range(4)] for _ in range(count)], dtype=torch.float32)
+    boxes = boxes.reshape(-1, 2, 2).sort(1).values.flatten(1)
+    images = data.draw(st.integers(1, 3))
+    grids = torch.tensor([[data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))] for _ in range(images)])
+    sizes = [[data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))] for _ in range(count)]
+    sizes = torch.tensor(sizes, dtype=torch.long).reshape(-1, 2)
+    index = torch.tensor([data.draw(st.integers(0, images - 1)) for _ in range(count)], dtype=torch.long)
+    channels = data.draw(st.integers(1, 40))
+    student = torch.randn(int(grids.prod(1).sum()), channels, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(int(sizes.prod(1).sum()), channels, dtype=torch.float64)
+    loss = data.draw(st.sampled_from(["mse", "cosine"]))
+    values, grads = [], []
+    for impl in ("cpu", "reference"):
+        value = region_distill_loss(student, teacher, boxes, index, grids, sizes, loss=loss, impl=impl)
+        values.append(value)
+        grads.append(torch.autograd.grad(value, student)[0])
+    torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"teacher": None}, TypeError, "teacher: expected a tensor, got None"),
+        ({"teacher": torch.zeros(12, 9, 8).bfloat16()}, TypeError, "teacher: expected float32 like the first"),
+        ({"teacher": torch.zeros(12, 8, 8)}, ValueError, r"teacher: expected shape \(12, 9, 8\)"),
+        ({"teacher": torch.zeros(12, 9, 8, device="meta")}, ValueError, "teacher: expected a tensor on cpu"),
+        ({"output_size": torch.full((12, 2), 3)}, ValueError, r"teacher: expected shape \(sum of h\*w, 8\)"),
+        ({"output_size": torch.full((12, 2), 3), "teacher": torch.zeros(100, 8)}, ValueError, "teacher: expected 108"),
+        ({"student": torch.zeros(3, 40, 8)}, ValueError, r"student: expected 6 \* 7 tokens an image"),
+        ({"boxes": torch.full((12, 4), float("inf"))}, ValueError, "boxes: expected finite"),
+        ({"loss": "l1"}, ValueError, "loss: expected 'mse' or 'cosine', got 'l1'"),
+        ({"reduction": "sum"}, ValueError, "reduction: expected 'mean' or 'none', got 'sum'"),
+        ({"weight": torch.ones(11)}, ValueError, r"weight: expected shape \(12,\)"),
+        ({"weight": torch.ones(12), "reduction": "none"}, ValueError, "weight: expected none with reduction='none'"),
+        ({"weight": torch.ones(12, requires_grad=True)}, ValueError, "weight: expected a constant"),
+        ({"weight": [1.0] * 12}, TypeError, "weight: expected a tensor"),
+    ],
+)
+def test_wrong_input_gets_one_sentence(impl: str, change: dict, error: type[Exception], text: str) -> None:
+    arguments = {
+        "student": torch.zeros(3, 42, 8),
+        "teacher": torch.zeros(12, 9, 8),
+        "boxes": torch.tensor([[0.1, 0.2, 0.5, 0.6]] * 12),
+        "image_index": torch.zeros(12, dtype=torch.long),
+        "grid_size": (6, 7),
+        "output_size": 3,
+        "impl": impl,
+    }
+    with pytest.raises(error, match=text) as caught:
+        region_distill_loss(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("region_distill_loss: ")
+
+
+def test_vmap_is_refused() -> None:
+    case = dense_case(6, 7)
+    teacher = torch.randn(12, 9, 8)
+    with pytest.raises(RuntimeError, match=r"torch.func.vmap is not supported"):
+        torch.func.vmap(lambda x: region_distill_loss(x, teacher, case.boxes, case.image_index, (6, 7), 3))(
+            torch.randn(2, 3, 42, 8)
+        )
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa: str) -> None:
+    run_at_isa(isa, __file__, "test_matches_the_float64_reference")

@@ -1,0 +1,350 @@
+"""roi_align: against the float64 reference, torchvision, and PyTorch's own expectations of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from granvit import reference
+from granvit.ops import roi_align
+from tests.support import (
+    DTYPES,
+    Case,
+    assert_within_budget,
+    awkward_boxes,
+    dense_case,
+    packed_case,
+    random_boxes,
+    run_at_isa,
+)
+
+IMPLS = ("cpu", "reference")
+
+
+def stock_roi_align(tokens: Tensor, case: Case, output_size: tuple[int, int], sampling_ratio: int = 2) -> Tensor:
+    """torchvision on the (B, C, H, W) map, in float32 or wider as it wants, rounded to the tokens' dtype."""
+    height, width = case.grid_size
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    maps = tokens.to(wide).transpose(1, 2).unflatten(2, (height, width))
+    scale = torch.tensor([width, height, width, height])
+    rois = torch.cat([case.image_index[:, None], case.boxes * scale], dim=1).to(wide)
+    cells = torchvision.ops.roi_align(maps, rois, output_size, 1.0, sampling_ratio, aligned=True)
+    return cells.flatten(2).transpose(1, 2).to(tokens.dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "channels", "output_size", "sampling_ratio"),
+    [((13, 17), 37, (7, 5), 2), ((1, 1), 16, (3, 3), 2), ((32, 32), 130, (32, 32), 2), ((5, 40), 1, (1, 9), 1),
+     ((24, 9), 64, (4, 2), 0), ((9, 24), 300, (2, 3), 3)],
+)  # fmt: skip
+def test_matches_the_float64_reference(
+    impl: str,
+    dtype: torch.dtype,
+    grid: tuple[int, int],
+    channels: int,
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+) -> None:
+    case = dense_case(*grid)
+    tokens = case.tokens(channels, dtype=dtype)
+    grad = torch.randn(len(case.boxes), output_size[0] * output_size[1], channels).to(dtype)
+
+    def run(x: Tensor, **options: str) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        out = roi_align(x, case.boxes, case.image_index, grid, output_size, sampling_ratio=sampling_ratio, **options)
+        out.backward(grad.to(x.dtype))
+        assert out.dtype == x.dtype
+        return out.detach(), x.grad
+
+    exact, exact_grad = run(tokens.double(), impl="reference")
+    x = tokens.clone().requires_grad_()
+    stock = stock_roi_align(x, case, output_size, sampling_ratio)
+    stock.backward(grad)
+    ours, ours_grad = run(tokens, impl=impl)
+    assert_within_budget(ours, stock, exact, dtype, "output")
+    assert_within_budget(ours_grad, x.grad, exact_grad, dtype, "gradient of tokens")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_grids_and_a_grid_per_region(dtype: torch.dtype) -> None:
+    case = packed_case()
+    tokens = case.tokens(45, dtype=dtype).requires_grad_()
+    sizes = torch.randint(1, 9, (len(case.boxes), 2), dtype=torch.int32)
+    out = roi_align(tokens, case.boxes, case.image_index, case.grid_size, sizes, impl="cpu")
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    assert out.shape == (int(sizes.prod(1).sum()), 45)
+
+    # Image by image and region by region through the dense form, for the reference and for torchvision.
+    def one_by_one(align: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        maps = x.split([int(h * w) for h, w in case.grid_size])
+        parts = []
+        for box, image, size in zip(case.boxes, case.image_index.tolist(), sizes.tolist(), strict=True):
+            grid = tuple(case.grid_size[image].tolist())
+            one = Case(grid, 1, box[None], torch.zeros(1, dtype=torch.long))
+            parts.append(align(maps[image][None], one, size)[0])
+        cells = torch.cat(parts)
+        cells.backward(grad.to(x.dtype))
+        return cells.detach(), x.grad
+
+    def exact_roi_align(x: Tensor, one: Case, size: list[int]) -> Tensor:
+        return reference.roi_align(x, one.boxes, one.image_index, one.grid_size, size)
+
+    exact, exact_grad = one_by_one(exact_roi_align, tokens.double())
+    stock, stock_grad = one_by_one(stock_roi_align, tokens)
+    assert_within_budget(out, stock, exact, dtype, "output")
+    assert_within_budget(tokens.grad, stock_grad, exact_grad, dtype, "gradient")
+
+
+def test_equals_torchvision_in_float32() -> None:
+    for sampling_ratio in (0, 1, 2, 4):
+        case = dense_case(21, 34, regions=40, boxes=random_boxes(40))
+        tokens = case.tokens(19)
+        ours = roi_align(
+            tokens, case.boxes, case.image_index, case.grid_size, (6, 11), sampling_ratio=sampling_ratio, impl="cpu"
+        )
+        # torchvision computes its coordinates in float32: 34 * 2^-23 of a grid unit times a gradient of a few units.
+        torch.testing.assert_close(ours, stock_roi_align(tokens, case, (6, 11), sampling_ratio), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_coordinate_ramp_returns_box_coordinates(impl: str, dtype: torch.dtype) -> None:
+    """Tokens that hold their own centre give back the centre of every output cell."""
+    height, width, cells = 12, 20, 5
+    y = (torch.arange(height, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, dtype=dtype) + 0.5) / width
+    tokens = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)[None]
+    boxes = random_boxes(30, low=0.06, high=0.94)  # clear of the border, where RoIAlign clamps
+    out = roi_align(tokens, boxes, torch.zeros(30, dtype=torch.long), (height, width), cells, impl=impl)
+    steps = (torch.arange(cells, dtype=dtype) + 0.5) / cells
+    x0, y0, x1, y1 = boxes.to(dtype).T[:, :, None]
+    centre_x, centre_y = x0 + (x1 - x0) * steps, y0 + (y1 - y0) * steps
+    expected = torch.stack(
+        [centre_x[:, None].expand(-1, cells, -1), centre_y[:, :, None].expand(-1, -1, cells)], -1
+    ).flatten(1, 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_strided_tokens() -> None:
+    case = dense_case(6, 7)
+    with_class_token = torch.randn(3, 43, 24)
+    fused = torch.randn(3, 42, 2, 24)
+    channels_first = torch.randn(3, 24, 42)
+    broadcast = torch.randn(1, 42, 24).expand(3, -1, -1)
+    for tokens in (with_class_token[:, 1:], fused[:, :, 1], channels_first.transpose(1, 2), broadcast):
+        args = (case.boxes, case.image_index, case.grid_size, 3)
+        assert torch.equal(roi_align(tokens, *args, impl="cpu"), roi_align(tokens.contiguous(), *args, impl="cpu"))
+
+
+def test_strided_boxes_and_other_integer_types() -> None:
+    case = dense_case(6, 7)
+    tokens = case.tokens(8)
+    expected = roi_align(tokens, case.boxes, case.image_index, (6, 7), 3)
+    boxes = case.boxes.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3]
+    index = case.image_index.to(torch.uint8).repeat_interleave(2)[::2]
+    assert torch.equal(roi_align(tokens, boxes, index, [6, 7], (3, 3)), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_regions_and_no_images(impl: str) -> None:
+    empty, none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    tokens = torch.randn(2, 12, 5, requires_grad=True)
+    out = roi_align(tokens, empty, none, (3, 4), (2, 3), impl=impl)
+    assert out.shape == (0, 6, 5)
+    out.sum().backward()
+    assert torch.equal(tokens.grad, torch.zeros_like(tokens))
+    sizes = torch.zeros(0, 2, dtype=torch.long)
+    assert roi_align(tokens, empty, none, (3, 4), sizes, impl=impl).shape == (0, 5)
+    assert roi_align(torch.randn(0, 12, 5), empty, none, (3, 4), 2, impl=impl).shape == (0, 4, 5)
+    no_grids = torch.zeros(0, 2, dtype=torch.long)
+    assert roi_align(torch.randn(0, 5), empty, none, no_grids, 2, impl=impl).shape == (0, 4, 5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck_and_second_derivative(packed: bool) -> None:
+    case = packed_case(images=2, regions=5, largest=5) if packed else dense_case(4, 5, images=2, regions=5)
+    size = torch.randint(1, 4, (5, 2)) if packed else (2, 3)
+    tokens = case.tokens(3, dtype=torch.float64).requires_grad_()
+
+    def function(x: Tensor) -> Tensor:
+        return roi_align(x, case.boxes, case.image_index, case.grid_size, size, impl="cpu")
+
+    assert torch.autograd.gradcheck(function, tokens)
+    assert torch.autograd.gradgradcheck(function, tokens)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed: bool) -> None:
+    case = packed_case() if packed else dense_case(6, 7)
+    tokens = case.tokens(8).requires_grad_()
+    grids = (case.grid_size, 0, 0) if packed else (None, 6, 7)
+    sizes = torch.randint(1, 5, (len(case.boxes), 2))
+    outs = (sizes, 0, 0) if packed else (None, 3, 2)
+    arguments = (case.boxes, case.image_index, *grids, *outs, 2)
+    torch.library.opcheck(torch.ops.granvit.roi_align.default, (tokens, *arguments))
+    cells = torch.ops.granvit.roi_align(tokens, *arguments).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.granvit.roi_align_backward.default, (cells, *arguments, case.num_tokens))
+
+
+def test_compile_fullgraph_with_changing_number_of_regions() -> None:
+    def loss(tokens: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
+        return roi_align(tokens * 2, boxes, index, (8, 9), 4).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for regions in (5, 11, 3):
+            case = dense_case(8, 9, regions=regions)
+            tokens = case.tokens(16).requires_grad_()
+            (expected,) = torch.autograd.grad(loss(tokens, case.boxes, case.image_index), tokens)
+            value = compiled(tokens, case.boxes, case.image_index)
+            (grad,) = torch.autograd.grad(value, tokens)
+            torch.testing.assert_close(grad, expected)
+
+
+def test_compile_packed_with_a_grid_per_region() -> None:
+    def function(tokens: Tensor, boxes: Tensor, index: Tensor, grids: Tensor, sizes: Tensor) -> Tensor:
+        return roi_align(tokens, boxes, index, grids, sizes) * 2
+
+    case = packed_case()
+    sizes = torch.randint(1, 5, (len(case.boxes), 2))
+    arguments = (case.tokens(8), case.boxes, case.image_index, case.grid_size, sizes)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        out = torch.compile(function, fullgraph=True)(*arguments)
+    torch.testing.assert_close(out, function(*arguments))
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, tokens: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
+            return roi_align(tokens, boxes, index, (6, 7), 3)
+
+    case = dense_case(6, 7)
+    regions = torch.export.Dim("regions", min=2, max=64)
+    arguments = (case.tokens(8), case.boxes, case.image_index)
+    program = torch.export.export(Model(), arguments, dynamic_shapes=({}, {0: regions}, {0: regions}))
+    other = dense_case(6, 7, regions=17)
+    arguments = (other.tokens(8), other.boxes, other.image_index)
+    assert torch.equal(program.module()(*arguments), Model()(*arguments))
+
+
+def test_autocast_runs_in_the_incoming_dtype() -> None:
+    case = dense_case(6, 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        tokens = case.tokens(8, dtype=dtype)
+        expected = roi_align(tokens, case.boxes, case.image_index, (6, 7), 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = roi_align(tokens, case.boxes, case.image_index, (6, 7), 3)
+        assert out.dtype == dtype
+        assert torch.equal(out, expected)
+
+
+def test_the_same_bits_every_time() -> None:
+    case = dense_case(16, 16, regions=30)
+    tokens = case.tokens(70).requires_grad_()
+    threads = torch.get_num_threads()
+    results = []
+    for count in (threads, threads, 1, 3):
+        torch.set_num_threads(count)
+        out = roi_align(tokens, case.boxes, case.image_index, (16, 16), 5, impl="cpu")
+        (grad,) = torch.autograd.grad(out.square().sum(), tokens)
+        results.append((out.detach(), grad))
+    torch.set_num_threads(threads)
+    for out, grad in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_boxes_grids_and_counts(data: st.DataObject) -> None:
+    edge = st.floats(-0.5, 1.5, width=32)
+    count = data.draw(st.integers(0, 6))
+    boxes = torch.tensor([[data.draw(edge) for _ in range(4)] for _ in range(count)], dtype=torch.float32)
+    boxes = boxes.reshape(-1, 2, 2).sort(1).values.flatten(1)
+    images = data.draw(st.integers(1, 3))
+    grids = torch.tensor([[data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))] for _ in range(images)])
+    sizes = [[data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))] for _ in range(count)]
+    sizes = torch.tensor(sizes, dtype=torch.long).reshape(-1, 2)
+    index = torch.tensor([data.draw(st.integers(0, images - 1)) for _ in range(count)], dtype=torch.long)
+    ratio = data.draw(st.integers(0, 3))
+    tokens = torch.randn(int(grids.prod(1).sum()), data.draw(st.integers(1, 40)), dtype=torch.float64)
+    ours, exact = (
+        roi_align(tokens, boxes, index, grids, sizes, sampling_ratio=ratio, impl=impl) for impl in ("cpu", "reference")
+    )
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"tokens": [1.0]}, TypeError, "roi_align: tokens: expected a tensor, got"),
+        ({"tokens": torch.zeros(3, 42, 8, dtype=torch.int64)}, TypeError, "tokens: expected float32, bfloat16"),
+        ({"tokens": torch.zeros(42, 8)}, ValueError, r"tokens: expected shape \(B, H\*W, C\)"),
+        ({"tokens": torch.zeros(3, 41, 8)}, ValueError, r"tokens: expected 6 \* 7 tokens an image"),
+        ({"boxes": torch.zeros(12, 4, dtype=torch.bfloat16)}, TypeError, "boxes: expected a float32 tensor"),
+        ({"boxes": torch.zeros(12, 5)}, ValueError, r"boxes: expected shape \(R, 4\)"),
+        ({"boxes": torch.full((12, 4), float("nan"))}, ValueError, "boxes: expected finite x0 <= x1"),
+        ({"boxes": torch.tensor([[0.5, 0.1, 0.4, 0.2]] * 12)}, ValueError, "boxes: expected finite x0 <= x1"),
+        ({"boxes": torch.tensor([[0.0, 0.0, 200.0, 80.0]] * 12)}, ValueError, "boxes: expected coordinates relative"),
+        ({"image_index": torch.zeros(12)}, TypeError, "image_index: expected an integer tensor"),
+        ({"image_index": torch.zeros(11, dtype=torch.long)}, ValueError, r"image_index: expected shape \(12,\)"),
+        ({"image_index": torch.full((12,), 3)}, ValueError, r"image_index: expected values in \[0, 3\), got 3"),
+        ({"image_index": torch.full((12,), -1)}, ValueError, r"image_index: expected values in \[0, 3\), got -1"),
+        ({"grid_size": (6, 7, 1)}, TypeError, "grid_size: expected an integer, a pair"),
+        ({"grid_size": (6, 7.0)}, TypeError, "grid_size: expected an integer, a pair"),
+        ({"grid_size": torch.tensor([[6.0, 7.0]])}, TypeError, "grid_size: expected an integer tensor"),
+        ({"tokens": torch.zeros(42, 8), "grid_size": torch.tensor([[6, 8]])}, ValueError, "tokens: expected 48 tokens"),
+        ({"tokens": torch.zeros(0, 8), "grid_size": torch.tensor([[0, 8]])}, ValueError, "grid_size: expected heights"),
+        ({"output_size": 0}, ValueError, "output_size: expected height and width of at least 1"),
+        ({"output_size": "7"}, TypeError, "output_size: expected an integer, a pair"),
+        ({"output_size": torch.ones(11, 2, dtype=torch.long)}, ValueError, r"output_size: expected shape \(12, 2\)"),
+        ({"output_size": torch.zeros(12, 2, dtype=torch.long)}, ValueError, "output_size: expected heights and"),
+        ({"sampling_ratio": -1}, ValueError, "sampling_ratio: expected an integer of at least 0"),
+        ({"sampling_ratio": 1.5}, TypeError, "sampling_ratio: expected an integer"),
+        ({"impl": "fast"}, ValueError, "impl: expected one of"),
+        ({"impl": "cuda"}, RuntimeError, "impl='cuda' cannot run: it runs on CUDA tensors"),
+    ],
+)
+def test_wrong_input_gets_one_sentence(impl: str, change: dict, error: type[Exception], text: str) -> None:
+    arguments = {
+        "tokens": torch.zeros(3, 42, 8),
+        "boxes": awkward_boxes(12),
+        "image_index": torch.zeros(12, dtype=torch.long),
+        "grid_size": (6, 7),
+        "output_size": 3,
+        "impl": impl,
+    }
+    with pytest.raises(error, match=text) as caught:
+        roi_align(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("roi_align: ")
+
+
+def test_other_devices_are_named() -> None:
+    case = dense_case(6, 7)
+    with pytest.raises(ValueError, match=r"boxes: expected a tensor on cpu, got float32 of shape .* on meta"):
+        roi_align(case.tokens(8), case.boxes.to("meta"), case.image_index, (6, 7), 3)
+
+
+def test_vmap_is_refused() -> None:
+    case = dense_case(6, 7)
+    with pytest.raises(RuntimeError, match=r"roi_align: torch.func.vmap is not supported"):
+        torch.func.vmap(lambda x: roi_align(x, case.boxes, case.image_index, (6, 7), 3))(torch.randn(2, 3, 42, 8))
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa: str) -> None:
+    run_at_isa(isa, __file__, "test_matches_the_float64_reference")
