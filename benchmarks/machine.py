@@ -13,7 +13,6 @@ import torch
 
 import granvit
 
-
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of others: taken before anything runs
 
 
