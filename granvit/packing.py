@@ -11,8 +11,8 @@ from granvit._extension import EXTENSION
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs sequences into bins of one capacity by best fit, longest first (Johnson et al. 1974).
 
-    Uses at most 11/9 of the fewest possible bins, plus one. Runs in C++ where the extension is built (a million sequences
-    a second) and gives the same bins without it.
+    Uses at most 11/9 of the fewest possible bins, plus one. Runs in C++ where the extension is built (a million
+    sequences a second) and gives the same bins without it.
 
     Args:
         lengths: tokens of every sequence, each 0 to `capacity`.
