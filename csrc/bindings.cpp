@@ -1,10 +1,12 @@
 // The pybind11 module granvit._C. Each op registers its own schema and kernels in csrc/cpu/<op>.cpp; here is what Python
-// needs beside them: what was built, and which instruction set runs.
+// needs beside them: what was built, which instruction set runs, and host work that Python is too slow for.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
 #include "cpu/isa.h"
+#include "packing.h"
 
 #define GRANVIT_STRING(x) GRANVIT_STRING_(x)
 #define GRANVIT_STRING_(x) #x
@@ -30,4 +32,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "cpu_isa", [] { return granvit::cpu::isa_name(granvit::cpu::isa_level()); },
       "Name of the instruction set whose kernels run here: the widest compiled one that this processor has.");
+  m.def("pack_sequences", &granvit::pack_sequences, py::arg("lengths"), py::arg("capacity"),
+        py::call_guard<py::gil_scoped_release>(), "The bin of every sequence; see granvit.packing.pack.");
 }

@@ -33,6 +33,27 @@ def quickstart(
     package.run(out)
 
 
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="cpu, gpu, sweep, or smoke (seconds, tiny shapes).")] = "cpu",
+    select: Annotated[
+        str | None, typer.Option("-k", "--select", help="pytest -k expression over case names; --list shows them.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; left out, the suite's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for JSON, log and plots.")] = Path("out/bench"),
+    list_only: Annotated[bool, typer.Option("--list", help="Print the cases and run none.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
+) -> None:
+    """Time the ops beside what people use today, check every result, print ratios and floors, draw plots."""
+    from granvit import bench as benchmarks
+
+    code = benchmarks.run(
+        suite, select=select, dtypes=dtype or (), device=device, output=output, list_only=list_only, plots=plots
+    )
+    raise typer.Exit(code)
+
+
 @app.callback()
 def _configure() -> None:
     """Region ops for Vision Transformers."""

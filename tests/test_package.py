@@ -107,7 +107,7 @@ def test_binaries_pass_torch_abi_audit(core: Path) -> None:
 
 
 def test_baseline_code_is_linked_before_wider_code(core: Path) -> None:
-    """What csrc/cpu/isa.h relies on: of an inline function in several objects, the one for the oldest machine is kept."""
+    """What csrc/cpu/isa.h relies on: of an inline function in several objects, the oldest machine's is kept."""
     build = next((ROOT / "build").glob("ninja-*/core/build.ninja"), None)
     if build is None:
         pytest.skip("the package was not built in this checkout")

@@ -1,6 +1,7 @@
 // The three products of attention, on tiles that stay in registers. "Queries" lie in rows of `padded` accumulators,
 // filled up with zeros to whole vectors; "tokens" are rows anywhere in memory, named by pointers whose count is padded
-// to a multiple of kTokenBlock. Weights and scores form a matrix [query][token] whose rows are `stride` apart.
+// to a multiple of kTokenBlock, and read `offset` elements further on. Weights and scores form a matrix [query][token]
+// whose rows are `stride` apart.
 #pragma once
 
 #include "regions.h"
@@ -121,14 +122,14 @@ GRANVIT_INLINE void sum_each(const f32x16 (&x)[kCount], float* sums) {
 
 // scores[q][j] = query q . token j.
 template <typename T, int kQueries>
-void dot_tile(const acc_t<T>* query, int64_t padded, const T* const* tokens, int64_t count, int64_t dim,
+void dot_tile(const acc_t<T>* query, int64_t padded, const T* const* tokens, int64_t offset, int64_t count, int64_t dim,
               acc_t<T>* scores, int64_t stride) {
   using A = acc_t<T>;
   constexpr int kTokens = kTokenTile<kQueries>;
   for (int64_t j0 = 0; j0 < count; j0 += kTokens) {
     const T* row[kTokens];
     Vec<A> sum[kQueries * kTokens];
-    for (int j = 0; j < kTokens; ++j) row[j] = tokens[j0 + j];
+    for (int j = 0; j < kTokens; ++j) row[j] = tokens[j0 + j] + offset;
     for (int i = 0; i < kQueries * kTokens; ++i) sum[i] = Vec<A>{};
     const auto add = [&](int64_t c, const auto& load_token) {
       Vec<A> x[kTokens];
@@ -149,14 +150,14 @@ void dot_tile(const acc_t<T>* query, int64_t padded, const T* const* tokens, int
 
 // out[q] += sum over j of weight[q][j] * token j.
 template <typename T, int kQueries>
-void mix_tile(const acc_t<T>* weight, int64_t stride, const T* const* tokens, int64_t count, int64_t dim, acc_t<T>* out,
-              int64_t padded) {
+void mix_tile(const acc_t<T>* weight, int64_t stride, const T* const* tokens, int64_t offset, int64_t count,
+              int64_t dim, acc_t<T>* out, int64_t padded) {
   using A = acc_t<T>;
   constexpr int kTokens = kTokenTile<kQueries>;
   for (int64_t j0 = 0; j0 < count; j0 += kTokens) {
     const T* row[kTokens];
     Vec<A> w[kQueries * kTokens];
-    for (int j = 0; j < kTokens; ++j) row[j] = tokens[j0 + j];
+    for (int j = 0; j < kTokens; ++j) row[j] = tokens[j0 + j] + offset;
     for (int q = 0; q < kQueries; ++q)
       for (int j = 0; j < kTokens; ++j) w[q * kTokens + j] = splat(weight[q * stride + j0 + j]);
     const auto add = [&](int64_t c, const auto& load_token) {
@@ -178,12 +179,13 @@ void mix_tile(const acc_t<T>* weight, int64_t stride, const T* const* tokens, in
 
 // token j += sum over q of weight[q][j] * query q, with tokens in rows of `padded` accumulators too.
 template <typename A, int kQueries>
-void spread_tile(const A* weight, int64_t stride, const A* query, int64_t padded, A* const* tokens, int64_t count) {
+void spread_tile(const A* weight, int64_t stride, const A* query, int64_t padded, A* const* tokens, int64_t offset,
+                 int64_t count) {
   constexpr int kTokens = kTokenTile<kQueries>;
   for (int64_t j0 = 0; j0 < count; j0 += kTokens) {
     A* row[kTokens];
     Vec<A> w[kQueries * kTokens];
-    for (int j = 0; j < kTokens; ++j) row[j] = tokens[j0 + j];
+    for (int j = 0; j < kTokens; ++j) row[j] = tokens[j0 + j] + offset;
     for (int q = 0; q < kQueries; ++q)
       for (int j = 0; j < kTokens; ++j) w[q * kTokens + j] = splat(weight[q * stride + j0 + j]);
     for (int64_t c = 0; c < padded; c += kLanes<A>) {

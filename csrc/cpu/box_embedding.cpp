@@ -103,18 +103,18 @@ void forward(const BoxEmbeddingArgs& a) {
     const Rows<T> activations = take_rows<T>(scratch, count, a.hidden_size);
     clear_padding(activations, count, a.hidden_size);
     const T* b1 = static_cast<const T*>(a.b1);
-    multiply_rows<T>(features, count, 2 * a.num_frequencies, static_cast<const T*>(a.w1), a.w1_stride, a.hidden_size,
-                     [&](int64_t r, int64_t column, int64_t columns, const A* values) {
-                       for (int64_t c = 0; c < columns; c += kLanes<A>) {
-                         const int lanes = static_cast<int>(std::min<int64_t>(kLanes<A>, columns - c));
-                         const Vec<A> h = load(values + c) + load_some(b1 + column + c, lanes);
-                         if (a.save_hidden != nullptr)
-                           store_some(static_cast<A*>(a.save_hidden) + (first + r) * a.hidden_size + column + c, h, lanes);
-                         const Vec<A> g = gelu(h);
-                         Units<T>::store_row(activations.row(r), column + c,
-                                             lanes == kLanes<A> ? g : first_lanes(g, lanes));
-                       }
-                     });
+    multiply_rows<T>(
+        features, count, 2 * a.num_frequencies, static_cast<const T*>(a.w1), a.w1_stride, a.hidden_size,
+        [&](int64_t r, int64_t column, int64_t columns, const A* values) {
+          for (int64_t c = 0; c < columns; c += kLanes<A>) {
+            const int lanes = static_cast<int>(std::min<int64_t>(kLanes<A>, columns - c));
+            const Vec<A> h = load(values + c) + load_some(b1 + column + c, lanes);
+            if (a.save_hidden != nullptr)
+              store_some(static_cast<A*>(a.save_hidden) + (first + r) * a.hidden_size + column + c, h, lanes);
+            const Vec<A> g = gelu<A>(h);
+            Units<T>::store_row(activations.row(r), column + c, lanes == kLanes<A> ? g : first_lanes(g, lanes));
+          }
+        });
     const T* b2 = static_cast<const T*>(a.b2);
     multiply_rows<T>(activations, count, a.hidden_size, static_cast<const T*>(a.w2), a.w2_stride, a.size,
                      [&](int64_t r, int64_t column, int64_t columns, const A* values) {
@@ -173,16 +173,15 @@ void backward(const BoxEmbeddingArgs& a) {
   parallel_tasks((boxes + kBlock - 1) / kBlock, [&](int64_t task, Scratch&) {
     for (int64_t r = task * kBlock; r < std::min(boxes, (task + 1) * kBlock); ++r) {
       const T* from = static_cast<const T*>(a.grad) + (a.index != nullptr ? a.index[r] : r) * a.grad_stride;
-      for_each_row_vec<T>(a.size, [&](int64_t c, int lanes) {
-        Units<T>::store_row(grad.row(r), c, load_some(from + c, lanes));
-      });
+      for_each_row_vec<T>(
+          a.size, [&](int64_t c, int lanes) { Units<T>::store_row(grad.row(r), c, load_some(from + c, lanes)); });
     }
   });
   if (a.grad_b2 != nullptr) sum_rows<T>(grad, boxes, a.size, static_cast<T*>(a.grad_b2));
   if (a.grad_w2 != nullptr)
     weight_gradient<T>(
         grad, a.size, boxes, a.hidden_size, scratch,
-        [&](int64_t r, int64_t c, int lanes) { return gelu(load_some(hidden + r * a.hidden_size + c, lanes)); },
+        [&](int64_t r, int64_t c, int lanes) { return gelu<A>(load_some(hidden + r * a.hidden_size + c, lanes)); },
         static_cast<T*>(a.grad_w2));
 
   const bool angles = a.grad_boxes != nullptr || a.grad_frequencies != nullptr;
@@ -194,7 +193,7 @@ void backward(const BoxEmbeddingArgs& a) {
                       for (int64_t c = 0; c < count; c += kLanes<A>) {
                         const int lanes = static_cast<int>(std::min<int64_t>(kLanes<A>, count - c));
                         const Vec<A> h = load_some(hidden + r * a.hidden_size + column + c, lanes);
-                        Units<T>::store_row(grad_hidden.row(r), column + c, load(values + c) * gelu_derivative(h));
+                        Units<T>::store_row(grad_hidden.row(r), column + c, load(values + c) * gelu_derivative<A>(h));
                       }
                     });
   if (a.grad_b1 != nullptr) sum_rows<T>(grad_hidden, boxes, a.hidden_size, static_cast<T*>(a.grad_b1));
@@ -202,8 +201,7 @@ void backward(const BoxEmbeddingArgs& a) {
     const Rows<T> features = make_features<T>(a, 0, boxes, scratch);
     weight_gradient<T>(
         grad_hidden, a.hidden_size, boxes, width, scratch,
-        [&](int64_t r, int64_t c, int) { return Units<T>::load_row(features.row(r), c); },
-        static_cast<T*>(a.grad_w1));
+        [&](int64_t r, int64_t c, int) { return Units<T>::load_row(features.row(r), c); }, static_cast<T*>(a.grad_w1));
   }
   if (!angles) return;
   A* grad_features = scratch.take<A>(boxes * width);

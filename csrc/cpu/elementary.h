@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "vec.h"
+#include "units.h"
 
 namespace granvit::cpu::GRANVIT_ISA {
 
@@ -24,7 +24,7 @@ GRANVIT_INLINE V select(Mask mask, V yes, V no) {
 
 // Nearest integer of |x| < 2^51 (2^22 in float32), by letting an addition round.
 GRANVIT_INLINE f64x8 round_to_integer(f64x8 x) { return (x + 6755399441055744.0) - 6755399441055744.0; }
-GRANVIT_INLINE f32x16 round_to_integer(f32x16 x) { return (x + 12582912.0f) - 12582912.0f; }
+GRANVIT_INLINE Register<float> round_to_integer(Register<float> x) { return (x + 12582912.0f) - 12582912.0f; }
 
 template <typename A>
 struct SineCosine {
@@ -59,8 +59,7 @@ GRANVIT_INLINE void sine_cosine(const f64x8* turns, SineCosine<float>* out) {
     std::memcpy(reinterpret_cast<char*>(&count) + half * sizeof quarters, &quarters, sizeof quarters);
   }
   const f32x16 z = f * f;
-  const f32x16 s =
-      f * ((((41.4698894f * z - 76.69777412f) * z + 81.60520381f) * z - 41.34170215f) * z + 6.283185307f);
+  const f32x16 s = f * ((((41.4698894f * z - 76.69777412f) * z + 81.60520381f) * z - 41.34170215f) * z + 6.283185307f);
   const f32x16 c = (((59.20279606f * z - 85.44229797f) * z + 64.93931074f) * z - 19.73920863f) * z + 1.0f;
   const i32x16 odd = (count & 1) != 0;
   const f32x16 sine = select(odd, c, s), cosine = select(odd, s, c);
@@ -84,31 +83,33 @@ GRANVIT_INLINE void sine_cosine(const f64x8* turns, SineCosine<double>* out) {
 // cdf + x * density.
 template <typename A>
 struct Normal {
-  Vec<A> cdf;
-  Vec<A> density;
+  Register<A> cdf;
+  Register<A> density;
 };
 
 // The tail is exp(-x^2 / 2) times a smooth function of |x|, fitted in s = (|x| - 3) / (|x| + 3): a small relative error
 // everywhere, where 1 + erf cancels for negative x.
-GRANVIT_INLINE Normal<float> normal(f32x16 x) {
-  const f32x16 a = select(i32x16(x < 0.0f), -x, x);
-  f32x16 power = x * x * -0.72134752044f;  // exp(-x^2 / 2) = 2^power
-  power = select(i32x16(power < -126.0f), splat(-126.0f), power);
-  const f32x16 whole = round_to_integer(power);
-  const f32x16 r = power - whole;
-  f32x16 e = 0.0001534581477f * r + 0.001339993124f;
+GRANVIT_INLINE Normal<float> normal(Register<float> x) {
+  using F = Register<float>;
+  using I = Register<int32_t>;
+  const F a = select(I(x < 0.0f), -x, x);
+  F power = x * x * -0.72134752044f;  // exp(-x^2 / 2) = 2^power
+  power = select(I(power < -126.0f), F{} - 126.0f, power);
+  const F whole = round_to_integer(power);
+  const F r = power - whole;
+  F e = 0.0001534581477f * r + 0.001339993124f;
   e = e * r + 0.009618488945f;
   e = e * r + 0.05550328777f;
   e = e * r + 0.2402264689f;
   e = e * r + 0.6931472057f;
   e = e * r + 1.0f;
-  i32x16 bits;
+  I bits;
   std::memcpy(&bits, &e, sizeof bits);
-  const i32x16 scaled = bits + (__builtin_convertvector(whole, i32x16) << 23);
+  const I scaled = bits + (__builtin_convertvector(whole, I) << 23);
   std::memcpy(&e, &scaled, sizeof e);
 
-  const f32x16 s = 1.0f - 6.0f / (a + 3.0f);
-  f32x16 p = 5.36718683e-05f * s + 1.1554377e-04f;
+  const F s = 1.0f - 6.0f / (a + 3.0f);
+  F p = 5.36718683e-05f * s + 1.1554377e-04f;
   p = p * s - 3.39484886e-04f;
   p = p * s - 9.83758452e-04f;
   p = p * s + 2.90455617e-03f;
@@ -117,28 +118,42 @@ GRANVIT_INLINE Normal<float> normal(f32x16 x) {
   p = p * s + 0.123225031f;
   p = p * s - 0.206402619f;
   p = p * s + 0.121513948f;
-  const f32x16 tail = e * p;
-  return {select(i32x16(x < 0.0f), tail, 1.0f - tail), e * 0.3989422804f};
+  const F tail = e * p;
+  return {select(I(x < 0.0f), tail, 1.0f - tail), e * 0.3989422804f};
 }
 
-GRANVIT_INLINE Normal<double> normal(f64x8 x) {
+GRANVIT_INLINE Normal<double> normal(Register<double> x) {
   Normal<double> out;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kRegisterLanes<double>; ++i) {
     out.cdf[i] = 0.5 * std::erfc(-0.70710678118654752440 * x[i]);
     out.density[i] = 0.39894228040143267794 * std::exp(-0.5 * x[i] * x[i]);
   }
   return out;
 }
 
-template <typename V>
-GRANVIT_INLINE V gelu(V x) {
-  return x * normal(x).cdf;
+template <typename A, typename Function>
+GRANVIT_INLINE Vec<A> by_registers(Vec<A> x, const Function& function) {
+  A lanes[kLanes<A>];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<A>; i += kRegisterLanes<A>) {
+    const Register<A> y = function(load_register(lanes + i));
+    std::memcpy(lanes + i, &y, sizeof y);
+  }
+  return load(lanes);
 }
 
-template <typename V>
-GRANVIT_INLINE V gelu_derivative(V x) {
-  const auto n = normal(x);
-  return n.cdf + x * n.density;
+template <typename A>
+GRANVIT_INLINE Vec<A> gelu(Vec<A> x) {
+  return by_registers<A>(x, [](Register<A> r) { return r * normal(r).cdf; });
+}
+
+template <typename A>
+GRANVIT_INLINE Vec<A> gelu_derivative(Vec<A> x) {
+  return by_registers<A>(x, [](Register<A> r) {
+    const Normal<A> n = normal(r);
+    return n.cdf + r * n.density;
+  });
 }
 
 }  // namespace granvit::cpu::GRANVIT_ISA

@@ -1,149 +1,34 @@
-// Matrix products of a few rows of activations with large weights, in register tiles.
+// Matrix products of rows of activations with large weights, in register tiles. How the work is cut depends on shapes
+// alone, and every sum is done by one task in one order.
 //
-// `multiply_rows` (C = A W^T, weights row by row as a linear layer holds them) runs lanes along the summed dimension and
-// reads every weight once, in place. `multiply_columns` (C = A B) runs lanes along B's columns, from panels.
-//
-// Activations are held in units: what one lane takes in a step. A unit is one float or double; where the processor
-// multiplies pairs of bfloat16 it is two of them, neighbours along the summed dimension.
+// `multiply_by_dots` runs lanes along the summed dimension and reads every weight once, in place. `multiply_panels`
+// runs lanes along the columns of the right factor, which is first copied to panels that stay in the first-level cache.
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
-#include "parallel.h"
-#include "vec.h"
+#include "units.h"
 
 namespace granvit::cpu::GRANVIT_ISA {
 
-// Tile sizes: as many accumulators as the registers hold beside the operands.
+// Tile sizes: as many accumulators as the registers hold beside the operands. A panel has kPanelVecs vectors of
+// columns.
 #if defined(__AVX512F__)
-constexpr int kDotRows = 4, kDotColumns = 4, kTileRows = 12, kTileVecs = 2;
+constexpr int kDotRows = 4, kDotColumns = 4, kTileRows = 12, kPanelVecs = 2;
 #elif defined(__AVX2__)
-constexpr int kDotRows = 3, kDotColumns = 2, kTileRows = 6, kTileVecs = 1;
+constexpr int kDotRows = 3, kDotColumns = 3, kTileRows = 6, kPanelVecs = 1;
 #else
-constexpr int kDotRows = 3, kDotColumns = 1, kTileRows = 3, kTileVecs = 1;
+constexpr int kDotRows = 2, kDotColumns = 4, kTileRows = 2, kPanelVecs = 1;
 #endif
 
-// Units of an operand whose tensors have storage type T.
-template <typename T>
-struct Units {
-  using Unit = acc_t<T>;
-  using UnitVec = Vec<Unit>;
-  static constexpr int kDepth = 1;  // elements in a unit
-
-  static GRANVIT_INLINE UnitVec load_units(const Unit* p) { return load(p); }
-  static GRANVIT_INLINE UnitVec splat_unit(Unit x) { return splat(x); }
-  // kLanes units from elements that lie next to each other; the elements from `count` on are zero.
-  static GRANVIT_INLINE UnitVec load_elements(const T* p) { return load(p); }
-  static GRANVIT_INLINE UnitVec load_first_elements(const T* p, int count) { return load_first(p, count); }
-  // One unit a column from neighbouring rows.
-  static GRANVIT_INLINE UnitVec stack(Vec<Unit> x, Vec<Unit>) { return x; }
-  static GRANVIT_INLINE void store_units(Unit* p, UnitVec x) { store(p, x); }
-  // Elements [c, c + kLanes) of a row of units.
-  static GRANVIT_INLINE Vec<Unit> load_row(const Unit* row, int64_t c) { return load(row + c); }
-  static GRANVIT_INLINE void store_row(Unit* row, int64_t c, Vec<Unit> x) { store(row + c, x); }
-  static GRANVIT_INLINE Vec<Unit> multiply_add(Vec<Unit> sum, UnitVec a, UnitVec b) { return sum + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-struct bf16x2 {
-  uint32_t bits;
-};
-
-template <>
-struct Units<bf16> {
-  using Unit = bf16x2;
-  using UnitVec = u32x16;
-  static constexpr int kDepth = 2;
-
-  static GRANVIT_INLINE UnitVec load_units(const Unit* p) {
-    UnitVec x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-  static GRANVIT_INLINE UnitVec splat_unit(Unit x) { return UnitVec{} + x.bits; }
-  static GRANVIT_INLINE UnitVec load_elements(const bf16* p) {
-    UnitVec x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-  static GRANVIT_INLINE UnitVec load_first_elements(const bf16* p, int count) {
-    UnitVec x{};
-    std::memcpy(&x, p, static_cast<size_t>(count) * sizeof *p);
-    return x;
-  }
-  static GRANVIT_INLINE UnitVec stack(f32x16 x, f32x16 next) {
-    return __builtin_convertvector(narrow_bf16(x), u32x16) | (__builtin_convertvector(narrow_bf16(next), u32x16) << 16);
-  }
-  static GRANVIT_INLINE void store_units(Unit* p, UnitVec x) { std::memcpy(p, &x, sizeof x); }
-  static GRANVIT_INLINE f32x16 load_row(const Unit* row, int64_t c) {
-    return load(reinterpret_cast<const bf16*>(row) + c);
-  }
-  static GRANVIT_INLINE void store_row(Unit* row, int64_t c, f32x16 x) { store(reinterpret_cast<bf16*>(row) + c, x); }
-  static GRANVIT_INLINE f32x16 multiply_add(f32x16 sum, UnitVec a, UnitVec b) {
-    __m512 s;
-    __m512bh x, y;
-    std::memcpy(&s, &sum, sizeof s);
-    std::memcpy(&x, &a, sizeof x);
-    std::memcpy(&y, &b, sizeof y);
-    s = _mm512_dpbf16_ps(s, x, y);
-    std::memcpy(&sum, &s, sizeof sum);
-    return sum;
-  }
-};
-#endif
+// From this many rows on, copying the weights to panels costs less than it saves: measured on Zen 5 with depths of 512
+// and 1536, where dots reach 170 GFLOP/s a core in float32 and panels 180 at 128 rows (135 at 24); bfloat16 behaves
+// alike.
+constexpr int64_t kPanelRows = 64;
 
 template <typename T>
-using Unit = typename Units<T>::Unit;
-
-template <typename T>
-constexpr int kPanel = kTileVecs * kLanes<acc_t<T>>;  // columns of a panel
-
-// Units that a row of `elements` takes, rounded up to whole vectors.
-template <typename T>
-GRANVIT_INLINE int64_t row_units(int64_t elements) {
-  constexpr int64_t kVec = kLanes<acc_t<T>> * Units<T>::kDepth;
-  return (elements + kVec - 1) / kVec * kLanes<acc_t<T>>;
-}
-
-// Rows of activations in scratch. `stride` counts units; what pads a row is zero.
-template <typename T>
-struct Rows {
-  Unit<T>* data;
-  int64_t stride;
-
-  Unit<T>* row(int64_t r) const { return data + r * stride; }
-};
-
-template <typename T>
-Rows<T> take_rows(Scratch& scratch, int64_t rows, int64_t elements) {
-  // One vector more, so that neighbouring rows do not compete for the same cache sets.
-  const int64_t stride = row_units<T>(elements) + kLanes<acc_t<T>>;
-  return {scratch.take<Unit<T>>(rows * stride), stride};
-}
-
-template <typename T>
-GRANVIT_INLINE Vec<acc_t<T>> load_some(const T* p, int lanes) {
-  return lanes == kLanes<acc_t<T>> ? load(p) : load_first(p, lanes);
-}
-template <typename T>
-GRANVIT_INLINE void store_some(T* p, Vec<acc_t<T>> x, int lanes) {
-  lanes == kLanes<acc_t<T>> ? store(p, x) : store_first(p, x, lanes);
-}
-
-// Zero beyond the last element, where the vectors of a row end.
-template <typename T>
-void clear_padding(const Rows<T>& rows, int64_t count, int64_t elements) {
-  const int64_t units = row_units<T>(elements), begin = units - std::min<int64_t>(units, kLanes<acc_t<T>>);
-  for (int64_t r = 0; r < count; ++r) std::memset(rows.row(r) + begin, 0, (units - begin) * sizeof(Unit<T>));
-}
-
-// Calls body(c, lanes) for the vectors of a row of `elements`, padding included (lanes = 0 there).
-template <typename T, typename Body>
-GRANVIT_INLINE void for_each_row_vec(int64_t elements, Body&& body) {
-  constexpr int kVec = kLanes<acc_t<T>>;
-  for (int64_t c = 0; c < row_units<T>(elements) * Units<T>::kDepth; c += kVec)
-    body(c, static_cast<int>(std::clamp<int64_t>(elements - c, 0, kVec)));
-}
+constexpr int kPanel = kPanelVecs * kLanes<acc_t<T>>;  // columns of a panel
 
 // Calls body(std::integral_constant<int, n>) for n in [1, kMax].
 template <int kMax, typename Body>
@@ -154,35 +39,73 @@ GRANVIT_INLINE void with_count(int n, Body&& body) {
   body(std::integral_constant<int, kMax>{});
 }
 
+// The lanes kIndex of x and y side by side.
 #if defined(__clang__)
-template <typename A, int kHalf, int kUpper, int... kLane>
-GRANVIT_INLINE Vec<A> gather_halves(Vec<A> x, Vec<A> y, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(x, y, (kLane / kHalf * 2 * kHalf + kUpper * kHalf + kLane % kHalf)...);
+template <int... kIndex, typename V>
+GRANVIT_INLINE V shuffle(V x, V y) {
+  return __builtin_shufflevector(x, y, kIndex...);
 }
 #else
-template <typename A, int kHalf, int kUpper, int... kLane>
-GRANVIT_INLINE Vec<A> gather_halves(Vec<A> x, Vec<A> y, std::integer_sequence<int, kLane...>) {
-  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  typedef Index IndexVec __attribute__((vector_size(64)));
-  return __builtin_shuffle(x, y, IndexVec{(kLane / kHalf * 2 * kHalf + kUpper * kHalf + kLane % kHalf)...});
+template <int... kIndex, typename V>
+GRANVIT_INLINE V shuffle(V x, V y) {
+  using Index = std::conditional_t<sizeof(x[0]) == 8, int64_t, int32_t>;
+  typedef Index IndexVec __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(x, y, IndexVec{kIndex...});
 }
 #endif
 
-// Sums of the lanes of kCount vectors, in their order, in the first kCount lanes.
-template <typename A, int kCount, int kHalf = kLanes<A> / 2>
-GRANVIT_INLINE Vec<A> sum_lanes_of_each(const Vec<A>* x) {
-  constexpr auto kLane = std::make_integer_sequence<int, kLanes<A>>{};
-  Vec<A> sum[(kCount + 1) / 2];
+// The lower (or upper) halves of all groups of 2 * kHalf lanes, x's before y's.
+template <int kHalf, int kUpper, typename V, int... kLane>
+GRANVIT_INLINE V gather_halves(V x, V y, std::integer_sequence<int, kLane...>) {
+  return shuffle<(kLane / kHalf * 2 * kHalf + kUpper * kHalf + kLane % kHalf)...>(x, y);
+}
+
+// The lower (or upper) halves of all groups of 2 * kHalf lanes, x's and y's by turns.
+template <int kHalf, int kUpper, typename V, int... kLane>
+GRANVIT_INLINE V alternate_halves(V x, V y, std::integer_sequence<int, kLane...>) {
+  constexpr int kLanesOfV = sizeof...(kLane);
+  return shuffle<((kLane & kHalf) != 0 ? kLanesOfV + kLane - (1 - kUpper) * kHalf : kLane + kUpper * kHalf)...>(x, y);
+}
+
+// Transposes a square of lanes.
+template <int kLanesOfV, int kHalf = kLanesOfV / 2, typename V>
+GRANVIT_INLINE void transpose(V* x) {
+  constexpr auto kLane = std::make_integer_sequence<int, kLanesOfV>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanesOfV; ++i) {
+    if ((i & kHalf) != 0) continue;
+    const V upper = x[i], lower = x[i + kHalf];
+    x[i] = alternate_halves<kHalf, 0>(upper, lower, kLane);
+    x[i + kHalf] = alternate_halves<kHalf, 1>(upper, lower, kLane);
+  }
+  if constexpr (kHalf > 1) transpose<kLanesOfV, kHalf / 2>(x);
+}
+
+// Sums of the lanes of kCount registers (at most as many as they have lanes), in their order, in the first kCount
+// lanes.
+template <int kCount, int kHalf, typename V>
+GRANVIT_INLINE V sum_lanes_of_each(const V* x) {
+  constexpr auto kLane = std::make_integer_sequence<int, sizeof(V) / sizeof(x[0][0])>{};
+  V sum[(kCount + 1) / 2];
 #pragma GCC unroll 16
   for (int i = 0; i < (kCount + 1) / 2; ++i) {
-    const Vec<A> first = x[2 * i], second = x[std::min(2 * i + 1, kCount - 1)];
-    sum[i] = gather_halves<A, kHalf, 0>(first, second, kLane) + gather_halves<A, kHalf, 1>(first, second, kLane);
+    const V first = x[2 * i], second = x[std::min(2 * i + 1, kCount - 1)];
+    sum[i] = gather_halves<kHalf, 0>(first, second, kLane) + gather_halves<kHalf, 1>(first, second, kLane);
   }
   if constexpr (kHalf == 1) {
     return sum[0];
   } else {
-    return sum_lanes_of_each<A, (kCount + 1) / 2, kHalf / 2>(sum);
+    return sum_lanes_of_each<(kCount + 1) / 2, kHalf / 2>(sum);
   }
+}
+
+// to[i] = sum of the lanes of x[i]; whole registers are written.
+template <typename A, int kCount>
+GRANVIT_INLINE void store_lane_sums(const Register<A>* x, A* to) {
+  constexpr int kAtOnce = std::min(kCount, kRegisterLanes<A>);
+  const Register<A> sums = sum_lanes_of_each<kAtOnce, kRegisterLanes<A> / 2>(x);
+  std::memcpy(to, &sums, sizeof sums);
+  if constexpr (kCount > kAtOnce) store_lane_sums<A, kCount - kAtOnce>(x + kAtOnce, to + kAtOnce);
 }
 
 // sums[i * kDotColumns + j] = row i of a . row j of weights, over `depth` elements.
@@ -191,10 +114,11 @@ GRANVIT_INLINE void dot_tile(const Unit<T>* a, int64_t a_stride, const T* const*
                              acc_t<T>* sums) {
   using U = Units<T>;
   using A = acc_t<T>;
-  constexpr int64_t kStep = kLanes<A> * U::kDepth;
-  Vec<A> sum[kRows * kDotColumns] = {};
-  const auto step = [&](int64_t k, auto&& load_weights) {
-    typename U::UnitVec w[kDotColumns];
+  constexpr int64_t kStep = kRegisterLanes<A> * U::kDepth;
+  constexpr int kCount = kRows * kDotColumns;
+  Register<A> sum[kCount] = {};
+  const auto step = [&](int64_t k, auto&& load_weights) __attribute__((always_inline)) {
+    typename U::Operand w[kDotColumns];
 #pragma GCC unroll 16
     for (int j = 0; j < kDotColumns; ++j) w[j] = load_weights(weights[j] + k);
 #pragma GCC unroll 16
@@ -202,29 +126,25 @@ GRANVIT_INLINE void dot_tile(const Unit<T>* a, int64_t a_stride, const T* const*
       const auto x = U::load_units(a + i * a_stride + k / U::kDepth);
 #pragma GCC unroll 16
       for (int j = 0; j < kDotColumns; ++j) {
-        Vec<A>& to = sum[i * kDotColumns + j];
+        Register<A>& to = sum[i * kDotColumns + j];
         to = U::multiply_add(to, x, w[j]);
       }
     }
   };
   int64_t k = 0;
   for (; k + kStep <= depth; k += kStep) step(k, [](const T* p) { return U::load_elements(p); });
-  if (k < depth)
-    step(k, [&](const T* p) { return U::load_first_elements(p, static_cast<int>(depth - k)); });
-  constexpr int kAtOnce = kLanes<A>;
-  constexpr int kCount = kRows * kDotColumns;
-  A total[(kCount + kAtOnce - 1) / kAtOnce * kAtOnce];
-  store(total, sum_lanes_of_each<A, std::min(kCount, kAtOnce)>(sum));
-  if constexpr (kCount > kAtOnce) store(total + kAtOnce, sum_lanes_of_each<A, kCount - kAtOnce>(sum + kAtOnce));
+  if (k < depth) step(k, [&](const T* p) { return U::load_first_elements(p, static_cast<int>(depth - k)); });
+  A total[kCount + kRegisterLanes<A>];
+  store_lane_sums<A, kCount>(sum, total);
   for (int i = 0; i < kCount; ++i) sums[i] = total[i];
 }
 
 // C = A W^T; calls finish(row, column, columns, values) for every row of every block of C.
 template <typename T, typename Finish>
-void multiply_rows(const Rows<T>& a, int64_t rows, int64_t depth, const T* weights, int64_t weights_stride,
-                   int64_t columns, const Finish& finish) {
+void multiply_by_dots(const Rows<T>& a, int64_t rows, int64_t depth, const T* weights, int64_t weights_stride,
+                      int64_t columns, const Finish& finish) {
   using A = acc_t<T>;
-  constexpr int64_t kRowBlock = 48, kColumnBlock = 64;
+  constexpr int64_t kRowBlock = 48, kColumnBlock = 16 * kDotColumns;
   const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
   const int64_t column_blocks = (columns + kColumnBlock - 1) / kColumnBlock;
   parallel_tasks(row_blocks * column_blocks, [&](int64_t task, Scratch& scratch) {
@@ -248,7 +168,7 @@ void multiply_rows(const Rows<T>& a, int64_t rows, int64_t depth, const T* weigh
   });
 }
 
-// The left factor of `multiply_columns`: unit (row, k) is data[row * row_stride + k * step].
+// The left factor of `multiply_panels`: unit (row, k) is data[row * row_stride + k * step].
 template <typename T>
 struct LeftFactor {
   const Unit<T>* data;
@@ -256,74 +176,97 @@ struct LeftFactor {
   int64_t step;
 };
 
-// tile (kRows, kPanel) = a times a panel (steps, kPanel).
-template <typename T, int kRows>
+// Steps of a product that are done at once: a panel of them stays in the first-level cache.
+constexpr int64_t kStepBlock = 256;
+
+// tile (kRows, kPanel) = a times a panel (steps, kPanel), added to what it holds unless `fresh`. prefetch(k) runs
+// beside step k.
+template <typename T, int kRows, typename Prefetch>
 GRANVIT_INLINE void panel_tile(const Unit<T>* a, int64_t row_stride, int64_t step, const Unit<T>* panel, int64_t steps,
-                               acc_t<T>* tile) {
+                               bool fresh, const Prefetch& prefetch, acc_t<T>* tile) {
   using U = Units<T>;
   using A = acc_t<T>;
-  Vec<A> sum[kRows][kTileVecs] = {};
-  for (int64_t k = 0; k < steps; ++k) {
-    typename U::UnitVec b[kTileVecs];
+  constexpr int kLane = kRegisterLanes<A>, kWide = kPanel<T> / kLane;
+  Register<A> sum[kRows][kWide] = {};
+  if (!fresh) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVecs; ++v) b[v] = U::load_units(panel + k * kPanel<T> + v * kLanes<A>);
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < kWide; ++v) sum[i][v] = load_register(tile + i * kPanel<T> + v * kLane);
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    prefetch(k);
+    typename U::Operand b[kWide];
+#pragma GCC unroll 16
+    for (int v = 0; v < kWide; ++v) b[v] = U::load_units(panel + k * kPanel<T> + v * kLane);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const auto x = U::splat_unit(a[i * row_stride + k * step]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kTileVecs; ++v) sum[i][v] = U::multiply_add(sum[i][v], x, b[v]);
+      for (int v = 0; v < kWide; ++v) sum[i][v] = U::multiply_add(sum[i][v], x, b[v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVecs; ++v) store(tile + i * kPanel<T> + v * kLanes<A>, sum[i][v]);
+    for (int v = 0; v < kWide; ++v) std::memcpy(tile + i * kPanel<T> + v * kLane, &sum[i][v], sizeof sum[i][v]);
 }
 
-// C = A B; B comes as panels of kPanel columns from panel_of(index, scratch), each a (steps, kPanel) array of units.
-// A task is one panel and `row_block` rows. Calls finish(row, column, columns, values) for every row of every tile of C;
-// values has kPanel entries.
-template <typename T, typename PanelOf, typename Finish>
-void multiply_columns(const LeftFactor<T>& a, int64_t rows, int64_t steps, int64_t columns, int64_t row_block,
-                      const PanelOf& panel_of, const Finish& finish) {
-  const int64_t panels = (columns + kPanel<T> - 1) / kPanel<T>;
-  const int64_t row_blocks = (rows + row_block - 1) / row_block;
-  parallel_tasks(row_blocks * panels, [&](int64_t task, Scratch& scratch) {
-    const int64_t column = task % panels * kPanel<T>, column_count = std::min<int64_t>(kPanel<T>, columns - column);
-    const Unit<T>* panel = panel_of(task % panels, scratch);
-    const int64_t begin = task / panels * row_block, end = std::min(rows, begin + row_block);
-    acc_t<T>* tile = scratch.take<acc_t<T>>(kTileRows * kPanel<T>);
-    for (int64_t i = begin; i < end; i += kTileRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kTileRows, end - i));
-      with_count<kTileRows>(count, [&](auto constant) {
-        panel_tile<T, constant>(a.data + i * a.row_stride, a.row_stride, a.step, panel, steps, tile);
-      });
-      for (int p = 0; p < count; ++p) finish(i + p, column, column_count, tile + p * kPanel<T>);
+// What a task of `multiply_panels` covers.
+struct TaskShape {
+  int64_t rows;
+  int64_t panels;
+};
+
+// C = A B; B comes as panels of kPanel columns: panel_of(column, columns, k, steps, buffer) gives a (steps, kPanel)
+// array of units from step k on, for which it may use the buffer; prefetch(column, k) fetches what it will read for
+// step k. Calls finish(row, column, columns, values) for every row of every panel of C; values has kPanel entries.
+template <typename T, typename PanelOf, typename Prefetch, typename Finish>
+void multiply_panels(const LeftFactor<T>& a, int64_t rows, int64_t steps, int64_t columns, TaskShape shape,
+                     const PanelOf& panel_of, const Prefetch& prefetch, const Finish& finish) {
+  const int64_t strip = shape.panels * kPanel<T>, strips = (columns + strip - 1) / strip;
+  const int64_t row_blocks = (rows + shape.rows - 1) / shape.rows;
+  parallel_tasks(row_blocks * strips, [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = task / strips * shape.rows, count = std::min(rows - begin, shape.rows);
+    const int64_t first = task % strips * strip, last = std::min(columns, first + strip);
+    acc_t<T>* block = scratch.take<acc_t<T>>(count * kPanel<T>);
+    Unit<T>* buffer = scratch.take<Unit<T>>(kStepBlock * kPanel<T>);
+    for (int64_t column = first; column < last; column += kPanel<T>) {
+      const int64_t used = std::min<int64_t>(kPanel<T>, last - column);
+      int64_t k = 0;
+      do {
+        const int64_t depth = std::min(kStepBlock, steps - k);
+        const Unit<T>* panel = panel_of(column, used, k, depth, buffer);
+        for (int64_t i = 0; i < count; i += kTileRows) {
+          const int tile_rows = static_cast<int>(std::min<int64_t>(kTileRows, count - i));
+          const Unit<T>* left = a.data + (begin + i) * a.row_stride + k * a.step;
+          acc_t<T>* tile = block + i * kPanel<T>;
+          with_count<kTileRows>(tile_rows, [&](auto constant) {
+            panel_tile<T, constant>(
+                left, a.row_stride, a.step, panel, depth, k == 0,
+                [&](int64_t step) __attribute__((always_inline)) { prefetch(column, k + kStepBlock + step); }, tile);
+          });
+          if (k + kStepBlock >= steps)
+            for (int p = 0; p < tile_rows; ++p) finish(begin + i + p, column, used, tile + p * kPanel<T>);
+        }
+        k += kStepBlock;
+      } while (k < steps);
     }
   });
 }
 
-// Number of steps in a sum over `elements`.
-template <typename T>
-GRANVIT_INLINE int64_t unit_steps(int64_t elements) {
-  return (elements + Units<T>::kDepth - 1) / Units<T>::kDepth;
-}
+constexpr int64_t kFewSteps = 48;
 
-// Fills a panel whose summed dimension runs over `rows` rows; get(row, column, lanes) gives a vector with zeros from
-// `lanes` on.
+// Fills a panel; get(k, column, lanes) gives a vector of units of which `lanes` count.
 template <typename T, typename Get>
-GRANVIT_INLINE void fill_panel(int64_t rows, int64_t column, int64_t columns, const Get& get, Unit<T>* panel) {
-  using A = acc_t<T>;
-  for (int64_t k = 0; k < unit_steps<T>(rows); ++k) {
-    for (int v = 0; v < kTileVecs; ++v) {
-      const int64_t c = column + v * kLanes<A>;
-      const int lanes = static_cast<int>(std::clamp<int64_t>(columns - v * kLanes<A>, 0, kLanes<A>));
-      const int64_t r = k * Units<T>::kDepth;
-      const Vec<A> x = get(r, c, lanes);
-      const Vec<A> next = Units<T>::kDepth > 1 && r + 1 < rows ? get(r + 1, c, lanes) : Vec<A>{};
-      Units<T>::store_units(panel + k * kPanel<T> + v * kLanes<A>, Units<T>::stack(x, next));
-    }
-  }
+GRANVIT_INLINE void fill_panel(int64_t column, int64_t columns, int64_t k, int64_t steps, const Get& get,
+                               Unit<T>* panel) {
+  constexpr int kVec = kLanes<acc_t<T>>;
+  for (int64_t i = 0; i < steps; ++i)
+    for (int v = 0; v < kPanelVecs; ++v)
+      Units<T>::store_units(
+          panel + i * kPanel<T> + v * kVec,
+          get(k + i, column + v * kVec, static_cast<int>(std::clamp<int64_t>(columns - v * kVec, 0, kVec))));
 }
 
 // The transpose of `rows` as a left factor: sums run over the rows. Pairs need a copy in which neighbouring rows meet.
@@ -346,68 +289,114 @@ LeftFactor<T> transposed(const Rows<T>& a, int64_t rows, int64_t elements, Scrat
   }
 }
 
-// to[c] = sum over the rows, by blocks of rows so that rounding does not grow with their number.
-template <typename T>
-void sum_rows(const Rows<T>& rows, int64_t count, int64_t elements, T* to) {
-  using A = acc_t<T>;
-  constexpr int64_t kColumns = 256, kBlock = 32;
-  parallel_tasks((elements + kColumns - 1) / kColumns, [&](int64_t task, Scratch&) {
-    for (int64_t c = task * kColumns; c < std::min(elements, (task + 1) * kColumns); c += kLanes<A>) {
-      Vec<A> total{};
-      for (int64_t begin = 0; begin < count; begin += kBlock) {
-        Vec<A> sum{};
-        for (int64_t r = begin; r < std::min(count, begin + kBlock); ++r) sum += Units<T>::load_row(rows.row(r), c);
-        total += sum;
-      }
-      store_some(to + c, total, static_cast<int>(std::min<int64_t>(kLanes<A>, elements - c)));
-    }
-  });
-}
-
-// All panels of a right factor with `rows` rows, made once because many tasks read each.
+// A weight's gradient (rows, columns): left^T right, sums over `count` rows of both. get(row, column, lanes) gives
+// values of the right factor.
 template <typename T, typename Get>
-const Unit<T>* make_panels(int64_t rows, int64_t columns, Scratch& scratch, const Get& get) {
-  const int64_t panels = (columns + kPanel<T> - 1) / kPanel<T>, size = unit_steps<T>(rows) * kPanel<T>;
-  Unit<T>* data = scratch.take<Unit<T>>(panels * size);
+void weight_gradient(const Rows<T>& left, int64_t rows, int64_t count, int64_t columns, Scratch& scratch,
+                     const Get& get, T* grad) {
+  using A = acc_t<T>;
+  using U = Units<T>;
+  const LeftFactor<T> factor = transposed<T>(left, count, rows, scratch);
+  const int64_t steps = unit_steps<T>(count), panels = (columns + kPanel<T> - 1) / kPanel<T>;
+  // All panels of the right factor, made once because many tasks read each.
+  Unit<T>* right = scratch.take<Unit<T>>(panels * steps * kPanel<T>);
   parallel_tasks(panels, [&](int64_t panel, Scratch&) {
-    const int64_t column = panel * kPanel<T>;
-    fill_panel<T>(rows, column, std::min<int64_t>(kPanel<T>, columns - column), get, data + panel * size);
+    fill_panel<T>(
+        panel * kPanel<T>, std::min<int64_t>(kPanel<T>, columns - panel * kPanel<T>), 0, steps,
+        [&](int64_t k, int64_t c, int lanes) {
+          const int64_t r = k * U::kDepth;
+          return U::stack(get(r, c, lanes), U::kDepth > 1 && r + 1 < count ? get(r + 1, c, lanes) : Vec<A>{});
+        },
+        right + panel * steps * kPanel<T>);
   });
-  return data;
-}
-
-// A weight's gradient (rows, columns): left^T right, sums over the boxes.
-template <typename T, typename Get>
-void weight_gradient(const Rows<T>& left, int64_t rows, int64_t num_boxes, int64_t columns, Scratch& scratch,
-                     const Get& get_right, T* grad) {
-  using A = acc_t<T>;
-  const LeftFactor<T> factor = transposed<T>(left, num_boxes, rows, scratch);
-  const int64_t steps = unit_steps<T>(num_boxes);
-  const Unit<T>* panels = make_panels<T>(num_boxes, columns, scratch, get_right);
-  constexpr int64_t kRowBlock = 8 * kTileRows;
-  multiply_columns<T>(
-      factor, rows, steps, columns, kRowBlock,
-      [&](int64_t panel, Scratch&) { return panels + panel * steps * kPanel<T>; },
-      [&](int64_t row, int64_t column, int64_t count, const A* values) {
-        for (int64_t c = 0; c < count; c += kLanes<A>)
+  // A few steps make writing the gradient most of the work: then row by row, so that memory is written in order. Many
+  // make reading the panels most of it.
+  const TaskShape shape = steps < kFewSteps ? TaskShape{kTileRows, panels} : TaskShape{8 * kTileRows, 1};
+  multiply_panels<T>(
+      factor, rows, steps, columns, shape,
+      [&](int64_t column, int64_t, int64_t k, int64_t, Unit<T>*) { return right + column * steps + k * kPanel<T>; },
+      [](int64_t, int64_t) {},
+      [&](int64_t row, int64_t column, int64_t used, const A* values) {
+        for (int64_t c = 0; c < used; c += kLanes<A>)
           store_some(grad + row * columns + column + c, load(values + c),
-                     static_cast<int>(std::min<int64_t>(kLanes<A>, count - c)));
+                     static_cast<int>(std::min<int64_t>(kLanes<A>, used - c)));
       });
 }
 
-// rows (R, depth) times weights (depth, columns).
+// rows (count, depth) times weights (depth, columns).
 template <typename T, typename Finish>
-void input_gradient(const Rows<T>& rows, int64_t num_boxes, int64_t depth, const T* weights, int64_t weights_stride,
+void input_gradient(const Rows<T>& rows, int64_t count, int64_t depth, const T* weights, int64_t weights_stride,
                     int64_t columns, const Finish& finish) {
-  multiply_columns<T>(
-      {rows.data, rows.stride, 1}, num_boxes, unit_steps<T>(depth), columns, std::max<int64_t>(num_boxes, 1),
-      [&](int64_t panel, Scratch& scratch) {
-        Unit<T>* data = scratch.take<Unit<T>>(unit_steps<T>(depth) * kPanel<T>);
-        const int64_t column = panel * kPanel<T>;
+  using U = Units<T>;
+  multiply_panels<T>(
+      {rows.data, rows.stride, 1}, count, unit_steps<T>(depth), columns, {std::max<int64_t>(count, 1), 1},
+      [&](int64_t column, int64_t used, int64_t k, int64_t steps, Unit<T>* buffer) {
         fill_panel<T>(
-            depth, column, std::min<int64_t>(kPanel<T>, columns - column),
-            [&](int64_t k, int64_t c, int lanes) { return load_some(weights + k * weights_stride + c, lanes); }, data);
-        return static_cast<const Unit<T>*>(data);
+            column, used, k, steps,
+            [&](int64_t step, int64_t c, int lanes) {
+              const int64_t r = step * U::kDepth;
+              const T* row = weights + r * weights_stride + c;
+              return U::stack(row, r + 1 < depth ? row + weights_stride : nullptr, lanes);
+            },
+            buffer);
+        return static_cast<const Unit<T>*>(buffer);
+      },
+      [&](int64_t column, int64_t step) __attribute__((always_inline)) {
+        // Columns of a matrix are out of reach of the processor's own prefetching. Past the end this is harmless.
+        const char* row = reinterpret_cast<const char*>(weights + step * U::kDepth * weights_stride + column);
+#pragma GCC unroll 8
+        for (int d = 0; d < U::kDepth; ++d)
+#pragma GCC unroll 8
+          for (size_t byte = 0; byte < kPanel<T> * sizeof(T); byte += 64)
+            __builtin_prefetch(row + d * weights_stride * sizeof(T) + byte, 0, 2);
+      },
+      finish);
+}
+
+// Fills a panel with the transpose of `columns` rows of weights.
+template <typename T>
+GRANVIT_INLINE void fill_panel_transposed(const T* weights, int64_t weights_stride, int64_t columns, int64_t elements,
+                                          int64_t steps, Unit<T>* panel) {
+  using U = Units<T>;
+  constexpr int kLane = kRegisterLanes<acc_t<T>>;
+  for (int c = 0; c < kPanel<T>; c += kLane) {
+    for (int64_t k = 0; k < steps; k += kLane) {
+      typename U::Operand x[kLane];
+      const int count = static_cast<int>(std::min<int64_t>(kLane * U::kDepth, elements - k * U::kDepth));
+      for (int i = 0; i < kLane; ++i) {
+        // Beyond the last column any will do.
+        const T* row = weights + std::min<int64_t>(c + i, columns - 1) * weights_stride + k * U::kDepth;
+        x[i] = count == kLane * U::kDepth ? U::load_elements(row) : U::load_first_elements(row, count);
+      }
+      transpose<kLane>(x);
+      for (int i = 0; i < std::min<int64_t>(kLane, steps - k); ++i)
+        std::memcpy(panel + (k + i) * kPanel<T> + c, &x[i], sizeof x[i]);
+    }
+  }
+}
+
+// C = A W^T, with the weights row by row as a linear layer holds them.
+template <typename T, typename Finish>
+void multiply_rows(const Rows<T>& a, int64_t rows, int64_t depth, const T* weights, int64_t weights_stride,
+                   int64_t columns, const Finish& finish) {
+  if (rows < kPanelRows) return multiply_by_dots<T>(a, rows, depth, weights, weights_stride, columns, finish);
+  using U = Units<T>;
+  multiply_panels<T>(
+      {a.data, a.stride, 1}, rows, unit_steps<T>(depth), columns, {rows, 1},
+      [&](int64_t column, int64_t used, int64_t k, int64_t steps, Unit<T>* buffer) {
+        fill_panel_transposed<T>(weights + column * weights_stride + k * U::kDepth, weights_stride, used,
+                                 depth - k * U::kDepth, steps, buffer);
+        return static_cast<const Unit<T>*>(buffer);
+      },
+      [&](int64_t column, int64_t step) __attribute__((always_inline)) {
+        // A block of steps spans kLines cache lines of every row: some of them beside each step.
+        constexpr int64_t kLines = kStepBlock * U::kDepth * sizeof(T) / 64;
+        constexpr int64_t kEach = kPanel<T> * kLines / kStepBlock;
+        const int64_t first = step % kStepBlock * kEach;
+        const char* row = reinterpret_cast<const char*>(weights + (column + first / kLines) * weights_stride +
+                                                        step / kStepBlock * kStepBlock * U::kDepth);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kEach; ++i) __builtin_prefetch(row + (first % kLines + i) * 64, 0, 2);
       },
       finish);
 }

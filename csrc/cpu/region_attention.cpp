@@ -4,12 +4,12 @@
 // of their keys and values once for up to kQueryBlock queries. Backward: a task owns one head of one image and sweeps
 // its grid row by row; the log-sum-exp of the forward makes every row independent of the others, so keys, values and
 // their gradients pass through the cache once, however many regions overlap there.
-#include <algorithm>
+#include <limits>
+#include <new>
 
-#include "../geometry.h"
+#include "attention_cells.h"
 #include "attention_tiles.h"
 #include "math.h"
-#include "parallel.h"
 
 namespace granvit::cpu {
 
@@ -40,58 +40,9 @@ namespace GRANVIT_ISA {
 
 namespace {
 
-constexpr int64_t kQueryBlock = 16;
-constexpr int64_t kRegionsPerTask = 8;
-
-// The cells that a region covers, and the logarithms of their coverage: 0 but for the outermost rows and columns.
-struct Footprint {
-  int y0, y1, x0, x1;
-  double log_top, log_bottom, log_left, log_right;
-
-  int64_t width() const { return x1 - x0; }
-  int64_t cells() const { return static_cast<int64_t>(y1 - y0) * (x1 - x0); }
-  double log_row(int y) const { return (y == y0 ? log_top : 0) + (y == y1 - 1 ? log_bottom : 0); }
-  double log_column(int x) const { return (x == x0 ? log_left : 0) + (x == x1 - 1 ? log_right : 0); }
-};
-
-Footprint footprint(const Region& region, const ImageGrid& image) {
-  const int height = static_cast<int>(image.height), width = static_cast<int>(image.width);
-  const double x0 = std::clamp(region.x0, 0.0, 1.0) * width, x1 = std::clamp(region.x1, 0.0, 1.0) * width;
-  const double y0 = std::clamp(region.y0, 0.0, 1.0) * height, y1 = std::clamp(region.y1, 0.0, 1.0) * height;
-  if (!(x1 > x0 && y1 > y0)) {
-    const int row = centre_cell(y0, y1, height), column = centre_cell(x0, x1, width);
-    return {row, row + 1, column, column + 1, 0, 0, 0, 0};
-  }
-  const CellRange rows = covered_cells(y0, y1, height), columns = covered_cells(x0, x1, width);
-  Footprint f{rows.first, rows.last, columns.first, columns.last, 0, 0, 0, 0};
-  f.log_top = std::log(cell_coverage(y0, y1, f.y0));
-  f.log_left = std::log(cell_coverage(x0, x1, f.x0));
-  if (f.y1 - f.y0 > 1) f.log_bottom = std::log(cell_coverage(y0, y1, f.y1 - 1));
-  if (f.x1 - f.x0 > 1) f.log_right = std::log(cell_coverage(x0, x1, f.x1 - 1));
-  return f;
-}
-
-const Footprint* make_footprints(const RegionPlan& plan, Scratch& scratch) {
-  Footprint* all = scratch.take<Footprint>(plan.num_regions);
-  for (int64_t r = 0; r < plan.num_regions; ++r)
-    all[r] = footprint(plan.regions[r], plan.images[plan.regions[r].image]);
-  return all;
-}
-
-// Positions [first, last) of RegionPlan::by_image that one task handles.
-struct Group {
-  int64_t first;
-  int64_t last;
-};
-
-int64_t make_groups(const RegionPlan& plan, Scratch& scratch, Group** groups) {
-  *groups = scratch.take<Group>(plan.num_regions / kRegionsPerTask + plan.num_images);
-  int64_t count = 0;
-  for (int64_t b = 0; b < plan.num_images; ++b)
-    for (int64_t i = plan.image_start[b]; i < plan.image_start[b + 1]; i += kRegionsPerTask)
-      (*groups)[count++] = {i, std::min(i + kRegionsPerTask, plan.image_start[b + 1])};
-  return count;
-}
+constexpr int64_t kQueryBlock = 16;     // queries that share one reading of keys and values
+constexpr int64_t kTokenStrip = 32;     // tokens that stay in the first-level cache for all of these
+constexpr int64_t kRegionsPerTask = 8;  // overlapping regions find each other's tokens in the second-level cache
 
 // score[j] += bias[j], then weight[j] = exp(score[j] - maximum) in place; the entries from `count` up to the next whole
 // vector become 0. Returns the sum of the weights.
@@ -116,293 +67,309 @@ A softmax_weights(A* score, const A* bias, int64_t count, A* maximum) {
   return sum_lanes<A>(sum);
 }
 
+// score[j] becomes the weight's share of the gradient of the score, weight * (grad_weight - delta), and grad_weight[j]
+// the weight, exp(score + bias - lse); both 0 from `count` on.
+template <typename A>
+void softmax_gradient(A* score, A* grad_weight, const A* bias, int64_t count, A lse, A delta) {
+  for (int64_t j = 0; j < count; j += kLanes<A>) {
+    const Vec<A> w = exp(load(score + j) + load(bias + j) - lse);
+    store(score + j, w * (load(grad_weight + j) - delta));
+    store(grad_weight + j, w);
+  }
+  const int64_t end = round_up(count, kTokenBlock);
+  std::fill(score + count, score + end, A(0));
+  std::fill(grad_weight + count, grad_weight + end, A(0));
+}
+
+// A zero-filled array: what lies beyond the last channel of a head takes part in whole vectors.
+template <typename T>
+T* take_zeros(Scratch& scratch, int64_t count) {
+  T* p = scratch.take<T>(count);
+  std::fill(p, p + count, T{});
+  return p;
+}
+
+// Pointers to the keys and values that a region covers, and their log coverage.
+template <typename T>
+struct Cells {
+  const T** keys;
+  const T** values;
+  acc_t<T>* bias;
+  int64_t count;
+  int64_t whole;  // pointers up to here can be read
+
+  Cells(int64_t most, Scratch& scratch)
+      : keys(scratch.take<const T*>(round_up(most, kTokenBlock))),
+        values(scratch.take<const T*>(round_up(most, kTokenBlock))),
+        bias(take_zeros<acc_t<T>>(scratch, round_up(most, kLanes<float>))) {}
+
+  void gather(const RegionAttentionArgs& a, const Footprint& f, int64_t b, int64_t channel, const T* nothing) {
+    const ImageGrid& image = a.plan.images[b];
+    count = 0;
+    for (int64_t y = f.y0; y < f.y1; ++y) {
+      const T* key = a.key.row<const T>(image, b, y * image.width + f.x0) + channel;
+      const T* value = a.value.row<const T>(image, b, y * image.width + f.x0) + channel;
+      for (int64_t j = 0; j < f.width(); ++j) {
+        keys[count + j] = key + j * a.key.row_stride;
+        values[count + j] = value + j * a.value.row_stride;
+      }
+      f.write_bias(y, bias + count);
+      count += f.width();
+    }
+    whole = round_up(count, kTokenBlock);
+    std::fill(keys + count, keys + whole, nothing);
+    std::fill(values + count, values + whole, nothing);
+  }
+};
+
 template <typename T>
 void forward(const RegionAttentionArgs& a) {
   using A = acc_t<T>;
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
-  Group* groups;
-  const int64_t num_groups = make_groups(a.plan, shared, &groups);
+  const RegionGroups groups = make_groups(a.plan, kRegionsPerTask, shared);
+  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), groups.count);
   const int64_t padded = round_up(a.dim, kLanes<A>);
-  const int64_t query_block = std::min(a.queries, kQueryBlock);
-  parallel_tasks(a.heads * num_groups, [&](int64_t task, Scratch& scratch) {
-    const int64_t head = task / num_groups, channel = head * a.dim;
-    const Group group = groups[task % num_groups];
+  const int64_t block = std::min(a.queries, kQueryBlock);
+  parallel_tasks((a.heads + head_group - 1) / head_group * groups.count, [&](int64_t task, Scratch& scratch) {
+    const int64_t first_head = task / groups.count * head_group;
+    const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
+    const RegionGroup group = groups.group[task % groups.count];
     int64_t most = 0;
     for (int64_t i = group.first; i < group.last; ++i) most = std::max(most, footprints[a.plan.by_image[i]].cells());
-    const int64_t stride = round_up(most, 16);
-    const T** keys = scratch.take<const T*>(stride);
-    const T** values = scratch.take<const T*>(stride);
-    A* bias = scratch.take<A>(stride);
-    A* weight = scratch.take<A>(stride * query_block);
-    A* query = scratch.take<A>(padded * query_block);
-    A* out = scratch.take<A>(padded * query_block);
-    T* nothing = scratch.take<T>(a.dim);
-    std::fill(query, query + padded * query_block, A(0));
-    std::fill(nothing, nothing + a.dim, T{});
+    Cells<T> cells(most, scratch);
+    const T* nothing = take_zeros<T>(scratch, heads * a.dim);
+    // Rows (head, query).
+    const int64_t stride = round_up(most, kLanes<float>);
+    A* weight = scratch.take<A>(heads * block * stride);
+    A* query = take_zeros<A>(scratch, heads * block * padded);
+    A* out = scratch.take<A>(heads * block * padded);
+    A* total = scratch.take<A>(heads * block);
 
     for (int64_t i = group.first; i < group.last; ++i) {
       const int64_t r = a.plan.by_image[i];
-      const Footprint& f = footprints[r];
-      const int64_t image_index = a.plan.regions[r].image;
-      const ImageGrid& image = a.plan.images[image_index];
-      int64_t count = 0;
-      for (int y = f.y0; y < f.y1; ++y) {
-        const T* key = a.key.row<const T>(image, image_index, y * image.width + f.x0) + channel;
-        const T* value = a.value.row<const T>(image, image_index, y * image.width + f.x0) + channel;
-        const A row = static_cast<A>(f.log_row(y));
-        for (int64_t j = 0; j < f.width(); ++j) {
-          keys[count + j] = key + j * a.key.row_stride;
-          values[count + j] = value + j * a.value.row_stride;
-          bias[count + j] = row;
-        }
-        bias[count] = static_cast<A>(f.log_row(y) + f.log_column(f.x0));
-        bias[count + f.width() - 1] = static_cast<A>(f.log_row(y) + f.log_column(f.x1 - 1));
-        count += f.width();
-      }
-      const int64_t whole = round_up(count, kTokenBlock);
-      std::fill(keys + count, keys + whole, nothing);
-      std::fill(values + count, values + whole, nothing);
-      std::fill(bias + count, bias + round_up(count, 16), A(0));
-
+      cells.gather(a, footprints[r], a.plan.regions[r].image, channel, nothing);
       for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
         const int64_t queries = std::min(kQueryBlock, a.queries - q0);
-        for (int64_t q = 0; q < queries; ++q)
-          widen_row(static_cast<const T*>(a.query) + r * a.query_region_stride + (q0 + q) * a.query_stride + channel,
-                    a.dim, static_cast<A>(a.scale), query + q * padded);
-        for_each_query_tile(queries, [&](int64_t q, auto tile) {
-          dot_tile<T, decltype(tile)::value>(query + q * padded, padded, keys, whole, a.dim, weight + q * stride,
-                                             stride);
+        const auto for_each_row = [&](const auto& body) {
+          for (int64_t h = 0; h < heads; ++h)
+            for (int64_t q = 0; q < queries; ++q) body(h, q, h * block + q);
+        };
+        const auto for_each_tile = [&](const auto& body) {
+          for (int64_t j = 0; j < cells.whole; j += kTokenStrip)
+            for (int64_t h = 0; h < heads; ++h)
+              for_each_query_tile(queries, [&](int64_t q, auto tile) {
+                body(j, std::min(kTokenStrip, cells.whole - j), h * a.dim, h * block + q, tile);
+              });
+        };
+        for_each_row([&](int64_t h, int64_t q, int64_t row) {
+          const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + (q0 + q) * a.query_stride;
+          widen_row(from + channel + h * a.dim, a.dim, static_cast<A>(a.scale), query + row * padded);
         });
-        A* lse = static_cast<A*>(a.lse) + (r * a.heads + head) * a.queries + q0;
-        A total[kQueryBlock];
-        for (int64_t q = 0; q < queries; ++q) {
+        for_each_tile([&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
+          dot_tile<T, decltype(tile)::value>(query + row * padded, padded, cells.keys + j, offset, count, a.dim,
+                                             weight + row * stride + j, stride);
+        });
+        for_each_row([&](int64_t h, int64_t q, int64_t row) {
           A maximum;
-          total[q] = softmax_weights(weight + q * stride, bias, count, &maximum);
-          lse[q] = maximum + std::log(total[q]);
-        }
-        std::fill(out, out + queries * padded, A(0));
-        for_each_query_tile(queries, [&](int64_t q, auto tile) {
-          mix_tile<T, decltype(tile)::value>(weight + q * stride, stride, values, whole, a.dim, out + q * padded,
-                                             padded);
+          total[row] = softmax_weights(weight + row * stride, cells.bias, cells.count, &maximum);
+          A* lse = static_cast<A*>(a.lse) + (r * a.heads + first_head + h) * a.queries + q0 + q;
+          *lse = maximum + std::log(total[row]);
         });
-        for (int64_t q = 0; q < queries; ++q)
-          narrow_row(out + q * padded, a.dim, 1 / total[q],
-                     static_cast<T*>(a.output) + ((r * a.queries + q0 + q) * a.heads + head) * a.dim);
+        std::fill(out, out + heads * block * padded, A(0));
+        for_each_tile([&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
+          mix_tile<T, decltype(tile)::value>(weight + row * stride + j, stride, cells.values + j, offset, count, a.dim,
+                                             out + row * padded, padded);
+        });
+        for_each_row([&](int64_t h, int64_t q, int64_t row) {
+          T* to = static_cast<T*>(a.output) + ((r * a.queries + q0 + q) * a.heads + first_head + h) * a.dim;
+          narrow_row(out + row * padded, a.dim, 1 / total[row], to);
+        });
       }
     }
   });
 }
 
-// For every grid row of every image, the regions that cover cells of it, in their order in by_image.
-struct RowIndex {
-  int64_t* image_rows;  // rows of image b start at image_rows[b]
-  int64_t* start;       // regions of row y start at start[image_rows[b] + y]
-  int32_t* position;    // counted from image_start[b]
-};
-
-RowIndex make_row_index(const RegionPlan& plan, const Footprint* footprints, Scratch& scratch) {
-  RowIndex index;
-  index.image_rows = scratch.take<int64_t>(plan.num_images + 1);
-  index.image_rows[0] = 0;
-  for (int64_t b = 0; b < plan.num_images; ++b) index.image_rows[b + 1] = index.image_rows[b] + plan.images[b].height;
-  const int64_t rows = index.image_rows[plan.num_images];
-  index.start = scratch.take<int64_t>(rows + 1);
-  std::fill(index.start, index.start + rows + 1, 0);
-  const auto for_each_row = [&](const auto& body) {
-    for (int64_t b = 0; b < plan.num_images; ++b)
-      for (int64_t i = plan.image_start[b]; i < plan.image_start[b + 1]; ++i) {
-        const Footprint& f = footprints[plan.by_image[i]];
-        for (int y = f.y0; y < f.y1; ++y) body(index.image_rows[b] + y, i - plan.image_start[b]);
-      }
-  };
-  for_each_row([&](int64_t row, int64_t) { ++index.start[row + 1]; });
-  for (int64_t row = 0; row < rows; ++row) index.start[row + 1] += index.start[row];
-  index.position = scratch.take<int32_t>(index.start[rows]);
-  int64_t* next = scratch.take<int64_t>(rows);
-  std::copy(index.start, index.start + rows, next);
-  for_each_row([&](int64_t row, int64_t position) { index.position[next[row]++] = static_cast<int32_t>(position); });
-  return index;
-}
-
-// One head of one image's regions in the accumulation type: [region][query] rows.
-template <typename A>
-struct Queries {
-  A* query;  // scaled
-  A* grad;
-  A* grad_query;
-  const A** lse;  // [region]
-  A* delta;       // grad . output
-};
-
-// A grid row's keys and values in the accumulation type, and the gradients that collect there.
-template <typename A>
-struct TokenRow {
-  A* key;
-  A* value;
-  A* grad_key;
-  A* grad_value;
-};
-
+// What the backward keeps of one head's regions for a sweep over the image, in the accumulation type.
 template <typename T>
-Queries<acc_t<T>> widen_queries(const RegionAttentionArgs& a, int64_t first, int64_t regions, int64_t head,
-                                int64_t padded, Scratch& scratch) {
+struct Queries {
   using A = acc_t<T>;
-  const int64_t rows = regions * a.queries;
-  Queries<A> all;
-  all.query = scratch.take<A>(rows * padded);
-  all.grad = scratch.take<A>(rows * padded);
-  all.grad_query = scratch.take<A>(rows * padded);
-  all.lse = scratch.take<const A*>(regions);
-  all.delta = scratch.take<A>(rows);
-  A* output = scratch.take<A>(padded);
-  std::fill(output, output + padded, A(0));
-  std::fill(all.query, all.query + rows * padded, A(0));
-  std::fill(all.grad, all.grad + rows * padded, A(0));
-  std::fill(all.grad_query, all.grad_query + rows * padded, A(0));
-  for (int64_t i = 0; i < regions; ++i) {
-    const int64_t r = a.plan.by_image[first + i];
-    all.lse[i] = static_cast<const A*>(a.lse) + (r * a.heads + head) * a.queries;
-    for (int64_t q = 0; q < a.queries; ++q) {
-      const int64_t row = i * a.queries + q;
+  A* query;       // rows (region, query) of `padded`, scaled
+  A* grad;        // likewise: of the output
+  A* grad_query;  // likewise: collects
+  A* lse;
+  A* delta;  // grad . output, which the softmax's gradient subtracts
+
+  Queries(const RegionAttentionArgs& a, RegionGroup group, int64_t head, int64_t padded, Scratch& scratch) {
+    const int64_t rows = (group.last - group.first) * a.queries;
+    query = take_zeros<A>(scratch, rows * padded);
+    grad = take_zeros<A>(scratch, rows * padded);
+    grad_query = take_zeros<A>(scratch, rows * padded);
+    lse = scratch.take<A>(rows);
+    delta = scratch.take<A>(rows);
+    A* output = take_zeros<A>(scratch, padded);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t r = a.plan.by_image[group.first + row / a.queries], q = row % a.queries;
       const int64_t offset = ((r * a.queries + q) * a.heads + head) * a.dim;
-      const T* query = static_cast<const T*>(a.query) + r * a.query_region_stride + q * a.query_stride + head * a.dim;
-      widen_row(query, a.dim, static_cast<A>(a.scale), all.query + row * padded);
-      widen_row(static_cast<const T*>(a.grad) + offset, a.dim, A(1), all.grad + row * padded);
+      const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + q * a.query_stride + head * a.dim;
+      widen_row(from, a.dim, static_cast<A>(a.scale), query + row * padded);
+      widen_row(static_cast<const T*>(a.grad) + offset, a.dim, A(1), grad + row * padded);
       widen_row(static_cast<const T*>(a.output) + offset, a.dim, A(1), output);
       Vec<A> sum{};
-      for (int64_t c = 0; c < padded; c += kLanes<A>) sum += load(output + c) * load(all.grad + row * padded + c);
-      all.delta[row] = sum_lanes<A>(sum);
+      for (int64_t c = 0; c < padded; c += kLanes<A>) sum += load(output + c) * load(grad + row * padded + c);
+      delta[row] = sum_lanes<A>(sum);
+      lse[row] = static_cast<const A*>(a.lse)[(r * a.heads + head) * a.queries + q];
     }
   }
-  return all;
-}
 
-// weight[j] = exp(score[j] + bias[j] - lse); score[j] = weight[j] * (grad_weight[j] - delta), the gradient of the
-// score.
-template <typename A>
-void softmax_gradient(A* score, A* weight, const A* bias, int64_t count, A lse, A delta) {
-  for (int64_t j = 0; j < round_up(count, kLanes<A>); j += kLanes<A>) {
-    const Vec<A> w = exp(load(score + j) + load(bias + j) - lse);
-    store(score + j, w * (load(weight + j) - delta));
-    store(weight + j, w);
+  void write_gradient(const RegionAttentionArgs& a, RegionGroup group, int64_t head, int64_t padded) const {
+    for (int64_t row = 0; row < (group.last - group.first) * a.queries; ++row) {
+      const int64_t r = a.plan.by_image[group.first + row / a.queries], q = row % a.queries;
+      narrow_row(grad_query + row * padded, a.dim, static_cast<A>(a.scale),
+                 static_cast<T*>(a.grad_query) + ((r * a.queries + q) * a.heads + head) * a.dim);
+    }
   }
-  std::fill(score + count, score + round_up(count, kTokenBlock), A(0));
-  std::fill(weight + count, weight + round_up(count, kTokenBlock), A(0));
-}
+};
+
+// One grid row of some heads in the accumulation type, as (column, head) rows of `padded`: keys, values, and their
+// gradients, which collect here over all regions.
+template <typename T>
+struct GridRow {
+  using A = acc_t<T>;
+  enum Part { kKey, kValue, kGradKey, kGradValue, kParts };
+  int64_t heads;
+  int64_t padded;
+  A* data[kParts];
+  A** column[kParts];  // of one region, filled up with `nothing` or `spill`
+  A* nothing;
+  A* spill;
+
+  GridRow(int64_t width, int64_t heads, int64_t padded, Scratch& scratch) : heads(heads), padded(padded) {
+    for (int part = 0; part < kParts; ++part) {
+      data[part] = take_zeros<A>(scratch, width * heads * padded);
+      column[part] = scratch.take<A*>(round_up(width, kTokenBlock));
+    }
+    nothing = take_zeros<A>(scratch, heads * padded);
+    spill = take_zeros<A>(scratch, heads * padded);
+  }
+
+  void read(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
+            int64_t channel, int64_t dim, Part part) {
+    for (int64_t x = begin; x < end; ++x) {
+      const T* from = tokens.row<const T>(image, b, y * image.width + x) + channel;
+      for (int64_t h = 0; h < heads; ++h) widen_row(from + h * dim, dim, A(1), data[part] + (x * heads + h) * padded);
+    }
+  }
+
+  void clear(int64_t begin, int64_t end, Part part) {
+    std::fill(data[part] + begin * heads * padded, data[part] + end * heads * padded, A(0));
+  }
+
+  // Writes the row out; columns outside [begin, end), which no region covers, as zeros.
+  void write(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
+             int64_t channel, int64_t dim, Part part) const {
+    for (int64_t x = 0; x < image.width; ++x) {
+      T* to = tokens.row<T>(image, b, y * image.width + x) + channel;
+      if (x < begin || x >= end) {
+        std::fill(to, to + heads * dim, T{});
+        continue;
+      }
+      for (int64_t h = 0; h < heads; ++h) narrow_row(data[part] + (x * heads + h) * padded, dim, A(1), to + h * dim);
+    }
+  }
+
+  // Points `column` at the region's columns. Tiles read zeros beyond them, and write what nobody reads.
+  void select(const Footprint& f) {
+    const int64_t count = f.width(), whole = round_up(count, kTokenBlock);
+    for (int part = 0; part < kParts; ++part) {
+      for (int64_t j = 0; j < count; ++j) column[part][j] = data[part] + (f.x0 + j) * heads * padded;
+      std::fill(column[part] + count, column[part] + whole, part == kKey || part == kValue ? nothing : spill);
+    }
+  }
+};
 
 template <typename T>
 void backward(const RegionAttentionArgs& a) {
   using A = acc_t<T>;
+  using Row = GridRow<T>;
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
   const RowIndex index = make_row_index(a.plan, footprints, shared);
+  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), a.plan.num_images);
+  const int64_t head_groups = (a.heads + head_group - 1) / head_group;
   const int64_t padded = round_up(a.dim, kLanes<A>);
-  const int64_t query_block = std::min(a.queries, kQueryBlock);
   const bool for_query = a.grad_query != nullptr, for_tokens = a.grad_key.data != nullptr;
-  parallel_tasks(a.plan.num_images * a.heads, [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / a.heads, head = task % a.heads, channel = head * a.dim;
+  parallel_tasks(a.plan.num_images * head_groups, [&](int64_t task, Scratch& scratch) {
+    const int64_t b = task / head_groups, first_head = task % head_groups * head_group;
+    const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
     const ImageGrid& image = a.plan.images[b];
-    const int64_t first = a.plan.image_start[b], regions = a.plan.image_start[b + 1] - first;
-    const Queries<A> all = widen_queries<T>(a, first, regions, head, padded, scratch);
-    const int64_t stride = round_up(image.width, 16);
-    TokenRow<A> row;
-    for (A** part : {&row.key, &row.value, &row.grad_key, &row.grad_value}) {
-      *part = scratch.take<A>(image.width * padded);
-      std::fill(*part, *part + image.width * padded, A(0));
-    }
-    // Columns of a region, filled up with a row that is never looked at.
-    A* nothing = scratch.take<A>(padded);
-    std::fill(nothing, nothing + padded, A(0));
-    A* spill = scratch.take<A>(padded);
-    std::fill(spill, spill + padded, A(0));
-    A** keys = scratch.take<A*>(stride);
-    A** values = scratch.take<A*>(stride);
-    A** grad_keys = scratch.take<A*>(stride);
-    A** grad_values = scratch.take<A*>(stride);
-    A* bias = scratch.take<A>(stride);
-    A* score = scratch.take<A>(stride * query_block);
-    A* weight = scratch.take<A>(stride * query_block);
+    const RegionGroup group{a.plan.image_start[b], a.plan.image_start[b + 1]};
+    Queries<T>* all = scratch.take<Queries<T>>(heads);
+    for (int64_t h = 0; h < heads; ++h) new (all + h) Queries<T>(a, group, first_head + h, padded, scratch);
+    Row row(image.width, heads, padded, scratch);
+    const int64_t stride = round_up(image.width, kLanes<float>);
+    A* bias = take_zeros<A>(scratch, stride);
+    A* score = scratch.take<A>(stride * kQueryBlock);
+    A* weight = scratch.take<A>(stride * kQueryBlock);
 
     for (int64_t y = 0; y < image.height; ++y) {
       const int64_t* active = index.start + index.image_rows[b] + y;
       int64_t begin = image.width, end = 0;
       for (int64_t i = active[0]; i < active[1]; ++i) {
-        const Footprint& f = footprints[a.plan.by_image[first + index.position[i]]];
+        const Footprint& f = footprints[a.plan.by_image[group.first + index.position[i]]];
         begin = std::min<int64_t>(begin, f.x0);
         end = std::max<int64_t>(end, f.x1);
       }
-      if (begin > end) begin = end = 0;
-      for (int64_t x = begin; x < end; ++x) {
-        const int64_t token = y * image.width + x;
-        widen_row(a.key.row<const T>(image, b, token) + channel, a.dim, A(1), row.key + x * padded);
-        widen_row(a.value.row<const T>(image, b, token) + channel, a.dim, A(1), row.value + x * padded);
-      }
-      if (for_tokens) {
-        std::fill(row.grad_key + begin * padded, row.grad_key + end * padded, A(0));
-        std::fill(row.grad_value + begin * padded, row.grad_value + end * padded, A(0));
+      row.read(a.key, image, b, y, begin, end, channel, a.dim, Row::kKey);
+      row.read(a.value, image, b, y, begin, end, channel, a.dim, Row::kValue);
+      if (for_tokens && begin < end) {
+        row.clear(begin, end, Row::kGradKey);
+        row.clear(begin, end, Row::kGradValue);
       }
       for (int64_t i = active[0]; i < active[1]; ++i) {
         const int64_t position = index.position[i];
-        const Footprint& f = footprints[a.plan.by_image[first + position]];
-        const int64_t count = f.width(), whole = round_up(count, kTokenBlock);
-        for (int64_t j = 0; j < whole; ++j) {
-          const int64_t at = (f.x0 + j) * padded;
-          const bool covered = j < count;
-          keys[j] = covered ? row.key + at : nothing;
-          values[j] = covered ? row.value + at : nothing;
-          grad_keys[j] = covered ? row.grad_key + at : spill;
-          grad_values[j] = covered ? row.grad_value + at : spill;
-        }
-        const double log_row = f.log_row(static_cast<int>(y));
-        std::fill(bias, bias + round_up(count, 16), static_cast<A>(log_row));
-        bias[0] = static_cast<A>(log_row + f.log_column(f.x0));
-        bias[count - 1] = static_cast<A>(log_row + f.log_column(f.x1 - 1));
-        for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
-          const int64_t queries = std::min(kQueryBlock, a.queries - q0);
-          const int64_t first_row = position * a.queries + q0;
-          const A* query = all.query + first_row * padded;
-          const A* grad = all.grad + first_row * padded;
-          for_each_query_tile(queries, [&](int64_t q, auto tile) {
-            constexpr int kTile = decltype(tile)::value;
-            dot_tile<A, kTile>(query + q * padded, padded, keys, whole, padded, score + q * stride, stride);
-            dot_tile<A, kTile>(grad + q * padded, padded, values, whole, padded, weight + q * stride, stride);
-          });
-          for (int64_t q = 0; q < queries; ++q)
-            softmax_gradient(score + q * stride, weight + q * stride, bias, count, all.lse[position][q0 + q],
-                             all.delta[first_row + q]);
-          for_each_query_tile(queries, [&](int64_t q, auto tile) {
-            constexpr int kTile = decltype(tile)::value;
-            if (for_query)
-              mix_tile<A, kTile>(score + q * stride, stride, keys, whole, padded,
-                                 all.grad_query + (first_row + q) * padded, padded);
-            if (for_tokens) {
-              spread_tile<A, kTile>(score + q * stride, stride, query + q * padded, padded, grad_keys, whole);
-              spread_tile<A, kTile>(weight + q * stride, stride, grad + q * padded, padded, grad_values, whole);
-            }
-          });
+        const Footprint& f = footprints[a.plan.by_image[group.first + position]];
+        const int64_t whole = round_up(f.width(), kTokenBlock);
+        row.select(f);
+        f.write_bias(y, bias);
+        for (int64_t h = 0; h < heads; ++h) {
+          for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
+            const int64_t queries = std::min(kQueryBlock, a.queries - q0), first = position * a.queries + q0;
+            const int64_t offset = h * padded;
+            const A* query = all[h].query + first * padded;
+            const A* grad = all[h].grad + first * padded;
+            for_each_query_tile(queries, [&](int64_t q, auto tile) {
+              constexpr int kTile = decltype(tile)::value;
+              dot_tile<A, kTile>(query + q * padded, padded, row.column[Row::kKey], offset, whole, padded,
+                                 score + q * stride, stride);
+              dot_tile<A, kTile>(grad + q * padded, padded, row.column[Row::kValue], offset, whole, padded,
+                                 weight + q * stride, stride);
+            });
+            for (int64_t q = 0; q < queries; ++q)
+              softmax_gradient(score + q * stride, weight + q * stride, bias, f.width(), all[h].lse[first + q],
+                               all[h].delta[first + q]);
+            for_each_query_tile(queries, [&](int64_t q, auto tile) {
+              constexpr int kTile = decltype(tile)::value;
+              if (for_query)
+                mix_tile<A, kTile>(score + q * stride, stride, row.column[Row::kKey], offset, whole, padded,
+                                   all[h].grad_query + (first + q) * padded, padded);
+              if (for_tokens) {
+                spread_tile<A, kTile>(score + q * stride, stride, query + q * padded, padded, row.column[Row::kGradKey],
+                                      offset, whole);
+                spread_tile<A, kTile>(weight + q * stride, stride, grad + q * padded, padded,
+                                      row.column[Row::kGradValue], offset, whole);
+              }
+            });
+          }
         }
       }
-      if (!for_tokens) continue;
-      for (int64_t x = 0; x < image.width; ++x) {
-        const int64_t token = y * image.width + x;
-        T* grad_key = a.grad_key.row<T>(image, b, token) + channel;
-        T* grad_value = a.grad_value.row<T>(image, b, token) + channel;
-        if (x >= begin && x < end) {
-          narrow_row(row.grad_key + x * padded, a.dim, A(1), grad_key);
-          narrow_row(row.grad_value + x * padded, a.dim, A(1), grad_value);
-        } else {
-          std::fill(grad_key, grad_key + a.dim, T{});
-          std::fill(grad_value, grad_value + a.dim, T{});
-        }
+      if (for_tokens) {
+        row.write(a.grad_key, image, b, y, begin, end, channel, a.dim, Row::kGradKey);
+        row.write(a.grad_value, image, b, y, begin, end, channel, a.dim, Row::kGradValue);
       }
     }
-    if (!for_query) return;
-    for (int64_t i = 0; i < regions; ++i)
-      for (int64_t q = 0; q < a.queries; ++q)
-        narrow_row(
-            all.grad_query + (i * a.queries + q) * padded, a.dim, static_cast<A>(a.scale),
-            static_cast<T*>(a.grad_query) + ((a.plan.by_image[first + i] * a.queries + q) * a.heads + head) * a.dim);
+    if (for_query)
+      for (int64_t h = 0; h < heads; ++h) all[h].write_gradient(a, group, first_head + h, padded);
   });
 }
 

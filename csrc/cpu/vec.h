@@ -53,7 +53,7 @@ constexpr int kLanes = 64 / sizeof(A);
 
 template <typename A>
 GRANVIT_INLINE Vec<A> splat(A x) {
-  return Vec<A>{} + x;
+  return x - Vec<A>{};  // unlike 0 + x this is x for -0 too, which spares an addition
 }
 
 // bfloat16: the upper half of a float32, rounded to nearest even; NaN stays NaN.

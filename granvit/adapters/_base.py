@@ -128,6 +128,8 @@ class BaseRegionEncoder(nn.Module, ABC):
             return self.pool(tokens, boxes, image_index, grid)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Under autocast a norm of queries and keys leaves them wider than the values; attention narrows them again.
+            query, key = query.to(value.dtype), key.to(value.dtype)
             per_region = query.expand(boxes.shape[0], *query.shape)
             return region_attention(per_region, key, value, boxes, image_index, grid, impl=impl).flatten(-2)
 

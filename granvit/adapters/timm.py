@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from granvit.adapters._base import Attend, BaseRegionEncoder, Grid
+from granvit.errors import MissingDependencyError
 
 try:
     from timm.layers import AttentionPoolLatent
 except ImportError as error:
-    raise ImportError("granvit.adapters.timm needs timm: pip install timm") from error
+    raise MissingDependencyError(
+        "granvit.adapters.timm needs timm: pip install timm, or granvit[quickstart]"
+    ) from error
 
 
 class RegionEncoder(BaseRegionEncoder):

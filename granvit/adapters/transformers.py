@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granvit.adapters._base import Attend, BaseRegionEncoder, Grid
+from granvit.errors import MissingDependencyError
 
 try:
     from transformers import PreTrainedModel
 except ImportError as error:
-    raise ImportError("granvit.adapters.transformers needs transformers: pip install transformers") from error
+    raise MissingDependencyError(
+        "granvit.adapters.transformers needs transformers: pip install transformers, or granvit[train]"
+    ) from error
 
 # Tokens in front of the patches, not counting registers, for each model_type.
 _CLASS_TOKENS = {

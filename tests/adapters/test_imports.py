@@ -14,11 +14,12 @@ def test_importing_the_adapters_imports_no_other_library():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_a_missing_library_is_one_clear_sentence(library):
+@pytest.mark.parametrize(("library", "extra"), [("timm", "quickstart"), ("transformers", "train")])
+def test_a_missing_library_is_one_clear_sentence(library, extra):
     done = run(f"import sys; sys.modules[{library!r}] = None; import granvit; granvit.adapters.{library}.RegionEncoder")
     last = done.stderr.strip().splitlines()[-1]
-    assert last == f"ImportError: granvit.adapters.{library} needs {library}: pip install {library}"
+    sentence = f"granvit.adapters.{library} needs {library}: pip install {library}, or granvit[{extra}]"
+    assert last == f"granvit.errors.MissingDependencyError: {sentence}"
 
 
 def test_submodules_appear_on_first_use():

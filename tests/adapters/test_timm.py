@@ -16,7 +16,7 @@ from tests.adapters.support import (  # noqa: E402
     assert_reads_coordinates,
     transparent,
 )
-from tests.support import random_boxes  # noqa: E402
+from tests.support import assert_within_budget, random_boxes  # noqa: E402
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
 
@@ -81,7 +81,7 @@ HEADS = {
 def test_region_pool_is_the_models_own_head(kind):
     name, options = HEADS[kind]
     model = small(name, img_size=(64, 128), **options)
-    assert_head_equal(RegionEncoder, model, lambda m, x: head_on(m, x), torch.randn(3, 3, 64, 128))
+    assert_head_equal(RegionEncoder, model, head_on, torch.randn(8, 3, 64, 128))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_region_pool_is_the_models_own_head(kind):
 def test_region_pool_follows_every_attention_pool_latent(options):
     model = small("vit_base_patch16_siglip_224", img_size=64)
     model.attn_pool = AttentionPoolLatent(48, num_heads=3, **options)
-    assert_head_equal(RegionEncoder, model, lambda m, x: head_on(m, x), torch.randn(2, 3, 64, 64))
+    assert_head_equal(RegionEncoder, model, head_on, torch.randn(8, 3, 64, 64))
 
 
 def test_a_head_with_positions_sees_them():
@@ -122,6 +122,22 @@ def test_the_box_of_the_image_is_what_the_model_returns():
     index = torch.tensor([2, 0, 1])
     ours = RegionEncoder(model).region_pool(images, FULL.repeat(3, 1), index)
     torch.testing.assert_close(ours, model(images)[index], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True, "norm_layer": nn.LayerNorm}, {"q_proj": False}], ids=str)
+def test_region_pool_under_autocast_is_as_near_as_the_head(options):
+    model = small("vit_base_patch16_siglip_224", img_size=64)
+    model.attn_pool = AttentionPoolLatent(48, num_heads=3, **options)
+    nn.init.normal_(model.attn_pool.latent)
+    images = torch.randn(2, 3, 64, 64)
+    encoder = RegionEncoder(model)
+    tokens, _ = encoder.tokens(images)
+    exact = model.forward_head(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = model.forward_head(tokens)
+        ours = encoder.region_pool(images, FULL.repeat(2, 1), torch.arange(2), tokens=tokens)
+    assert ours.dtype == head.dtype
+    assert_within_budget(ours, head, exact, torch.bfloat16)
 
 
 def test_models_without_a_head_take_a_pool_or_say_so():
@@ -172,7 +188,7 @@ def test_known_tokens_spare_the_model():
     images, boxes, index = torch.randn(2, 3, 64, 64), random_boxes(6), torch.randint(0, 2, (6,))
     model = small("vit_base_patch16_siglip_224", img_size=64)
     encoder = RegionEncoder(model)
-    tokens, grid = encoder.tokens(images)
+    tokens, _ = encoder.tokens(images)
     teacher = torch.randn(6, 4, 48)
     fresh = (
         encoder.region_features(images, boxes, index, 2),

@@ -75,7 +75,7 @@ def test_region_pool_is_siglips_own_head():
     def head(model: nn.Module, patches: torch.Tensor) -> torch.Tensor:
         return model.head(patches)
 
-    assert_head_equal(RegionEncoder, small("siglip"), head, torch.randn(3, 3, 64, 64))
+    assert_head_equal(RegionEncoder, small("siglip"), head, torch.randn(8, 3, 64, 64))
 
 
 def test_the_box_of_the_image_is_what_siglip_returns():
@@ -89,7 +89,7 @@ def test_the_box_of_the_image_is_what_siglip_returns():
 def test_models_without_a_head_take_a_pool_or_say_so(kind):
     images, boxes, index = torch.randn(2, 3, 64, 64), random_boxes(5), torch.tensor([0, 1, 1, 0, 1])
     model = small(kind)
-    with pytest.raises(ValueError, match="region_pool: .* has no attention-pooling head.*pool="):
+    with pytest.raises(ValueError, match=r"region_pool: .* has no attention-pooling head.*pool="):
         RegionEncoder(model).region_pool(images, boxes, index)
     pool = RegionAttentionPool(48, 6)
     encoder = RegionEncoder(model, pool=pool)
@@ -134,7 +134,7 @@ def test_distillation_from_crops_trains_the_student():
 
 def test_other_models_are_one_clear_sentence():
     naflex = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**SMALL, num_patches=16))
-    with pytest.raises(TypeError, match="expected a vision model of type siglip_vision_model.*got siglip2"):
+    with pytest.raises(TypeError, match=r"expected a vision model of type siglip_vision_model.*got siglip2"):
         RegionEncoder(naflex)
-    with pytest.raises(TypeError, match="expected a vision model of type .* got Linear"):
+    with pytest.raises(TypeError, match=r"expected a vision model of type .* got Linear"):
         RegionEncoder(nn.Linear(2, 2))

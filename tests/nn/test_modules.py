@@ -66,9 +66,9 @@ def test_region_distill_loss_takes_weights_and_wants_a_grid():
 
 def test_region_attention_pool_is_multi_head_attention_over_the_covered_tokens():
     """torch.nn.MultiheadAttention with the same weights, on the tokens of a box that ends on cell borders."""
-    tokens, _, _, _ = inputs()
-    module = make("RegionAttentionPool")
-    peer = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True)
+    tokens = inputs()[0].double()
+    module = make("RegionAttentionPool", dtype=torch.float64)
+    peer = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True, dtype=torch.float64)
     projections = [module.q_proj, module.k_proj, module.v_proj]
     with torch.no_grad():
         for p in module.parameters():
@@ -77,12 +77,11 @@ def test_region_attention_pool_is_multi_head_attention_over_the_covered_tokens()
         peer.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
         peer.out_proj.load_state_dict(module.out_proj.state_dict())
     height, width = GRID
-    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [1 / width, 1 / height, 4 / width, 3 / height]])
+    boxes = torch.tensor([[0, 0, 1, 1], [1 / width, 1 / height, 4 / width, 3 / height]], dtype=torch.float64)
     image_index = torch.tensor([2, 1])
-    grid = tokens.unflatten(1, GRID)
-    covered = [tokens[2:3], grid[1:2, 1:3, 1:4].flatten(1, 2)]
+    covered = [tokens[2:3], tokens[1:2].unflatten(1, GRID)[:, 1:3, 1:4].flatten(1, 2)]
     expected = torch.cat([peer(module.query[None], x, x, need_weights=False)[0] for x in covered])
-    torch.testing.assert_close(module(tokens, boxes, image_index, GRID), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module(tokens, boxes, image_index, GRID), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_box_embedding_is_the_op_and_writes_into_a_sequence():

@@ -1,0 +1,119 @@
+// Which grid cells each region covers, by how much, and how regions and heads are dealt out to tasks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../geometry.h"
+#include "parallel.h"
+#include "regions.h"
+
+namespace granvit::cpu::GRANVIT_ISA {
+
+// The cells that a region covers, and the logarithms of their coverage: 0 but for the outermost rows and columns.
+struct Footprint {
+  int y0, y1, x0, x1;
+  double log_top, log_bottom, log_left, log_right;
+
+  int64_t width() const { return x1 - x0; }
+  int64_t cells() const { return static_cast<int64_t>(y1 - y0) * (x1 - x0); }
+  double log_row(int64_t y) const { return (y == y0 ? log_top : 0) + (y == y1 - 1 ? log_bottom : 0); }
+
+  // Log coverage of the region's cells in grid row y.
+  template <typename A>
+  void write_bias(int64_t y, A* bias) const {
+    const double row = log_row(y);
+    std::fill(bias, bias + width(), static_cast<A>(row));
+    bias[0] = static_cast<A>(row + log_left + (width() == 1 ? log_right : 0));
+    if (width() > 1) bias[width() - 1] = static_cast<A>(row + log_right);
+  }
+};
+
+inline __attribute__((always_inline)) Footprint footprint(const Region& region, const ImageGrid& image) {
+  const int height = static_cast<int>(image.height), width = static_cast<int>(image.width);
+  const double x0 = std::clamp(region.x0, 0.0, 1.0) * width, x1 = std::clamp(region.x1, 0.0, 1.0) * width;
+  const double y0 = std::clamp(region.y0, 0.0, 1.0) * height, y1 = std::clamp(region.y1, 0.0, 1.0) * height;
+  if (!(x1 > x0 && y1 > y0)) {
+    const int row = centre_cell(y0, y1, height), column = centre_cell(x0, x1, width);
+    return {row, row + 1, column, column + 1, 0, 0, 0, 0};
+  }
+  const CellRange rows = covered_cells(y0, y1, height), columns = covered_cells(x0, x1, width);
+  Footprint f{rows.first, rows.last, columns.first, columns.last, 0, 0, 0, 0};
+  f.log_top = std::log(cell_coverage(y0, y1, f.y0));
+  f.log_left = std::log(cell_coverage(x0, x1, f.x0));
+  if (f.y1 - f.y0 > 1) f.log_bottom = std::log(cell_coverage(y0, y1, f.y1 - 1));
+  if (f.x1 - f.x0 > 1) f.log_right = std::log(cell_coverage(x0, x1, f.x1 - 1));
+  return f;
+}
+
+inline __attribute__((always_inline)) const Footprint* make_footprints(const RegionPlan& plan, Scratch& scratch) {
+  Footprint* all = scratch.take<Footprint>(plan.num_regions);
+  for (int64_t r = 0; r < plan.num_regions; ++r)
+    all[r] = footprint(plan.regions[r], plan.images[plan.regions[r].image]);
+  return all;
+}
+
+// Positions [first, last) of RegionPlan::by_image, all of one image.
+struct RegionGroup {
+  int64_t first;
+  int64_t last;
+};
+struct RegionGroups {
+  RegionGroup* group;
+  int64_t count;
+};
+
+inline __attribute__((always_inline)) RegionGroups make_groups(const RegionPlan& plan, int64_t regions,
+                                                               Scratch& scratch) {
+  RegionGroups groups{scratch.take<RegionGroup>(plan.num_regions / regions + plan.num_images), 0};
+  for (int64_t b = 0; b < plan.num_images; ++b)
+    for (int64_t i = plan.image_start[b]; i < plan.image_start[b + 1]; i += regions)
+      groups.group[groups.count++] = {i, std::min(i + regions, plan.image_start[b + 1])};
+  return groups;
+}
+
+// How many heads a task takes at a time. Heads lie side by side in memory, so several make longer runs and fewer page
+// look-ups; but `parts` times the groups of heads must keep all threads busy. No result depends on the choice.
+inline __attribute__((always_inline)) int64_t heads_per_task(int64_t heads, int64_t head_bytes, int64_t parts) {
+  constexpr int64_t kRunBytes = 1280;
+  uint32_t threads = 1;
+  if (torch_get_num_threads(&threads) != 0) throw std::runtime_error("granvit: torch reports no thread count");
+  int64_t group = std::clamp<int64_t>(kRunBytes / head_bytes, 1, heads);
+  while (group > 1 && parts * ((heads + group - 1) / group) < 4 * static_cast<int64_t>(threads))
+    group = (group + 1) / 2;
+  return group;
+}
+
+// For every grid row of every image, the regions that cover cells of it, in their order in by_image.
+struct RowIndex {
+  int64_t* image_rows;  // rows of image b start at image_rows[b]
+  int64_t* start;       // regions of row y start at start[image_rows[b] + y]
+  int64_t* position;    // counted from image_start[b]
+};
+
+inline __attribute__((always_inline)) RowIndex make_row_index(const RegionPlan& plan, const Footprint* footprints,
+                                                              Scratch& scratch) {
+  RowIndex index;
+  index.image_rows = scratch.take<int64_t>(plan.num_images + 1);
+  index.image_rows[0] = 0;
+  for (int64_t b = 0; b < plan.num_images; ++b) index.image_rows[b + 1] = index.image_rows[b] + plan.images[b].height;
+  const int64_t rows = index.image_rows[plan.num_images];
+  index.start = scratch.take<int64_t>(rows + 1);
+  std::fill(index.start, index.start + rows + 1, 0);
+  const auto for_each_row = [&](const auto& body) {
+    for (int64_t b = 0; b < plan.num_images; ++b)
+      for (int64_t i = plan.image_start[b]; i < plan.image_start[b + 1]; ++i) {
+        const Footprint& f = footprints[plan.by_image[i]];
+        for (int y = f.y0; y < f.y1; ++y) body(index.image_rows[b] + y, i - plan.image_start[b]);
+      }
+  };
+  for_each_row([&](int64_t row, int64_t) { ++index.start[row + 1]; });
+  for (int64_t row = 0; row < rows; ++row) index.start[row + 1] += index.start[row];
+  index.position = scratch.take<int64_t>(index.start[rows]);
+  int64_t* next = scratch.take<int64_t>(rows);
+  std::copy(index.start, index.start + rows, next);
+  for_each_row([&](int64_t row, int64_t position) { index.position[next[row]++] = position; });
+  return index;
+}
+
+}  // namespace granvit::cpu::GRANVIT_ISA

@@ -1,0 +1,556 @@
+"""region_attention: every implementation against the float64 reference, and as a citizen of PyTorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from granvit import reference
+from granvit.ops import _dispatch, region_attention
+from granvit.reference._regions import geometry_dtype
+from granvit.reference.region_attention import cell_weights
+from tests.support import DTYPES, Case, assert_within_budget, awkward_boxes, dense_case, packed_case
+
+DEVICE_TYPES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+KERNELS = [
+    (device, impl)
+    for device in DEVICE_TYPES
+    for impl in ("cpu", "cuda", "triton")
+    if _dispatch.unavailable("region_attention", impl, device) is None
+]
+needs_cpu = pytest.mark.skipif(("cpu", "cpu") not in KERNELS, reason="the CPU kernels were not built")
+
+CASES: dict[str, Callable[[], Case]] = {
+    "one cell": lambda: dense_case(1, 1),
+    "one row": lambda: dense_case(1, 37),
+    "one column": lambda: dense_case(23, 1),
+    "odd": lambda: dense_case(7, 9),
+    "larger": lambda: dense_case(20, 33, images=2),
+    "packed": packed_case,
+    "packed, one image": lambda: packed_case(images=1),
+    "no regions": lambda: dense_case(4, 5, regions=0),
+    "no regions, packed": lambda: packed_case(regions=0),
+}
+
+
+def inputs(case: Case, queries: int, heads: int, dim: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    query = torch.randn(len(case.boxes), queries, heads, dim).to(dtype)
+    key, value = case.tokens(heads, dim, dtype=dtype), case.tokens(heads, dim, dtype=dtype)
+    return [t.to(device).requires_grad_() for t in (query, key, value)]
+
+
+def run(case: Case, tensors: list[Tensor], impl: str | None = "cpu", **kwargs: Any) -> Tensor:
+    device = tensors[0].device
+    grid = case.grid_size.to(device) if isinstance(case.grid_size, Tensor) and impl != "cpu" else case.grid_size
+    return region_attention(*tensors, case.boxes.to(device), case.image_index.to(device), grid, impl=impl, **kwargs)
+
+
+def stock(case: Case, tensors: list[Tensor]) -> Tensor:
+    """SDPA with one additive mask of log coverage an image, in the dtype of the tensors."""
+    query, key, value = tensors
+    if isinstance(case.grid_size, Tensor):
+        grids = [tuple(g) for g in case.grid_size.tolist()]
+        keys, values = (t.split([h * w for h, w in grids]) for t in (key, value))
+    else:
+        grids = [case.grid_size] * case.num_images
+        keys, values = key.unbind(0), value.unbind(0)
+    outputs = [query.new_empty(query.shape[1:])] * len(case.boxes)
+    for r, (box, image) in enumerate(zip(case.boxes, case.image_index.tolist(), strict=True)):
+        weights = cell_weights(box.to(geometry_dtype(box.device)), *grids[image]).flatten()
+        mask = weights.log().to(query.dtype).expand(1, 1, query.shape[1], -1)
+        attended = F.scaled_dot_product_attention(
+            query[r].transpose(0, 1)[None],
+            keys[image].transpose(0, 1)[None],
+            values[image].transpose(0, 1)[None],
+            attn_mask=mask,
+        )
+        outputs[r] = attended[0].transpose(0, 1)
+    return torch.stack(outputs) if outputs else query * 0 + 0 * (key.sum() + value.sum())
+
+
+def with_gradients(f: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    output = f(tensors)
+    return [output.detach(), *torch.autograd.grad(output, tensors, grad)]
+
+
+def check(case: Case, tensors: list[Tensor], impl: str) -> None:
+    """Output and gradients against the reference in float64 and against stock PyTorch in the same dtype."""
+    query = tensors[0]
+    grad = torch.randn_like(query)
+    ours = with_gradients(lambda t: run(case, t, impl), tensors, grad)
+    exact_inputs = [t.detach().cpu().double().requires_grad_() for t in tensors]
+    exact = with_gradients(lambda t: run(case, t, "reference"), exact_inputs, grad.cpu().double())
+    stock_inputs = [t.detach().cpu().requires_grad_() for t in tensors]
+    plain = with_gradients(lambda t: stock(case, t), stock_inputs, grad.cpu())
+    for what, a, b, c in zip(("output", "grad query", "grad key", "grad value"), ours, plain, exact, strict=True):
+        assert a.dtype == query.dtype
+        if query.dtype == torch.float64:
+            # The reference is no more exact than the op here, so the budget cannot judge: a few hundred roundings.
+            torch.testing.assert_close(a.cpu(), c, rtol=1e-13, atol=1e-13 * float(c.abs().amax()) if c.numel() else 0.0)
+        else:
+            assert_within_budget(a.cpu(), b, c, query.dtype, what)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_matches_reference(poisoned: None, device: str, impl: str, dtype: torch.dtype, case: str) -> None:
+    drawn = CASES[case]()
+    check(drawn, inputs(drawn, 3, 2, 24, dtype, device), impl)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 16, 17])
+@pytest.mark.parametrize("dim", [8, 24, 64, 72, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_head_dims_and_queries(
+    poisoned: None, device: str, impl: str, dtype: torch.dtype, dim: int, queries: int
+) -> None:
+    case = dense_case(6, 11, images=2, regions=10)
+    check(case, inputs(case, queries, 3, dim, dtype, device), impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_views_are_read_in_place(poisoned: None, device: str, impl: str, dtype: torch.dtype) -> None:
+    """A fused projection of tokens behind a class token, and a probe expanded over the regions."""
+    case = dense_case(5, 8)
+    heads, dim = 4, 24
+    fused = torch.randn(case.num_images, 1 + 40, 3, heads, dim, device=device).to(dtype).requires_grad_()
+    probe = torch.randn(1, 2, heads, dim, device=device).to(dtype).requires_grad_()
+
+    def views(fused: Tensor, probe: Tensor) -> list[Tensor]:
+        _, key, value = fused[:, 1:].unbind(2)
+        return [probe.expand(len(case.boxes), -1, -1, -1), key, value]
+
+    grad = torch.randn(len(case.boxes), 2, heads, dim, device=device).to(dtype)
+    ours = with_gradients(lambda t: run(case, views(*t), impl), [fused, probe], grad)
+    wide = [t.detach().cpu().double().requires_grad_() for t in (fused, probe)]
+    exact = with_gradients(lambda t: run(case, views(*t), "reference"), wide, grad.cpu().double())
+    same = [t.detach().cpu().requires_grad_() for t in (fused, probe)]
+    plain = with_gradients(lambda t: stock(case, views(*t)), same, grad.cpu())
+    for what, a, b, c in zip(("output", "grad fused", "grad probe"), ours, plain, exact, strict=True):
+        assert_within_budget(a.cpu(), b, c, dtype, what)
+
+
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_heads_that_are_not_contiguous(device: str, impl: str) -> None:
+    case = dense_case(5, 8)
+    tensors = inputs(case, 2, 3, 16, torch.float32, device)
+    scattered = [t.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in tensors]
+    assert not scattered[0].is_contiguous()
+    grad = torch.randn_like(tensors[0])
+    for a, b in zip(
+        with_gradients(lambda t: run(case, t, impl), tensors, grad),
+        with_gradients(lambda t: run(case, t, impl), scattered, grad.transpose(0, 1).contiguous().transpose(0, 1)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_uncovered_tokens_do_not_exist(device: str, impl: str) -> None:
+    """NaN in tokens outside all boxes changes nothing, and gradients there are exactly zero."""
+    case = dense_case(6, 7, images=2, boxes=torch.tensor([[0.2, 0.1, 0.55, 0.6], [0.5, 0.5, 0.5, 0.5]]))
+    case.image_index = torch.zeros(2, dtype=torch.long)
+    tensors = inputs(case, 2, 2, 24, torch.float32, device)
+    covered = torch.zeros(2, 42, dtype=torch.bool)
+    for box in case.boxes:
+        covered[0] |= cell_weights(box.double(), 6, 7).flatten() > 0
+    grad = torch.randn_like(tensors[0])
+    clean = with_gradients(lambda t: run(case, t, impl), tensors, grad)
+    with torch.no_grad():
+        tensors[1][~covered] = torch.nan
+        tensors[2][~covered] = torch.inf
+    soiled = with_gradients(lambda t: run(case, t, impl), tensors, grad)
+    for a, b in zip(clean, soiled, strict=True):
+        assert torch.equal(a, b)
+    assert (clean[2][~covered] == 0).all()
+    assert (clean[3][~covered] == 0).all()
+
+
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_non_finite_tokens_stay_with_their_regions(device: str, impl: str) -> None:
+    case = dense_case(4, 11, images=1, boxes=torch.tensor([[0.0, 0.0, 0.3, 1.0], [0.5, 0.0, 1.0, 1.0]]))
+    case.image_index = torch.zeros(2, dtype=torch.long)
+    tensors = inputs(case, 1, 1, 24, torch.float32, device)
+    with torch.no_grad():
+        tensors[1][0, 0] = torch.inf
+        tensors[2][0, 1] = torch.nan
+    output, grad_query, *_ = with_gradients(lambda t: run(case, t, impl), tensors, torch.ones_like(tensors[0]))
+    assert output[0].isnan().any()
+    assert output[1].isfinite().all()
+    assert grad_query[1].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 30.0, 3e3])
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_scores_of_any_size(device: str, impl: str, magnitude: float) -> None:
+    """Equal scores, and scores so large that all but one weight underflow."""
+    case = dense_case(6, 7)
+    tensors = inputs(case, 2, 2, 24, torch.float32, device)
+    with torch.no_grad():
+        tensors[0] *= magnitude
+    check(case, tensors, impl)
+
+
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_scale(device: str, impl: str) -> None:
+    case = dense_case(6, 7)
+    tensors = inputs(case, 2, 2, 16, torch.float64 if device == "cpu" else torch.float32, device)
+    for scale in (0.0, -0.7, 2, 0.25):
+        grad = torch.randn_like(tensors[0])
+        ours = with_gradients(lambda t, s=scale: run(case, t, impl, scale=s), tensors, grad)
+        exact = with_gradients(lambda t, s=scale: run(case, t, "reference", scale=s), tensors, grad)
+        for a, b in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(run(case, tensors, impl), run(case, tensors, impl, scale=0.25))
+
+
+@pytest.mark.parametrize(("device", "impl"), [*KERNELS, ("cpu", "reference")])
+def test_whole_image_is_plain_attention(device: str, impl: str) -> None:
+    """With the full-image box and one query the op is an attention-pooling head."""
+    case = dense_case(6, 7, images=3, boxes=torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 3))
+    case.image_index = torch.arange(3)
+    tensors = inputs(case, 1, 4, 24, torch.float32, device)
+    query, key, value = (t.transpose(1, 2) for t in tensors)
+    pooled = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    torch.testing.assert_close(run(case, tensors, impl), pooled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_empty_batches(poisoned: None, device: str, impl: str) -> None:
+    case = dense_case(4, 5, regions=0)
+    tensors = inputs(case, 2, 2, 8, torch.float32, device)
+    output, grad_query, grad_key, grad_value = with_gradients(
+        lambda t: run(case, t, impl), tensors, torch.zeros_like(tensors[0])
+    )
+    assert output.shape == grad_query.shape == (0, 2, 2, 8)
+    assert (grad_key == 0).all()
+    assert (grad_value == 0).all()
+    case = dense_case(4, 5, regions=3)
+    assert run(case, inputs(case, 0, 2, 8, torch.float32, device), impl).shape == (3, 0, 2, 8)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_gradients_of_some(poisoned: None, device: str, impl: str, wanted: tuple[bool, ...]) -> None:
+    case = dense_case(6, 7)
+    tensors = inputs(case, 2, 2, 24, torch.float32, device)
+    grad = torch.randn_like(tensors[0])
+    every = with_gradients(lambda t: run(case, t, impl), tensors, grad)[1:]
+    some = [t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
+    run(case, some, impl).backward(grad)
+    for t, full, need in zip(some, every, wanted, strict=True):
+        assert (t.grad is not None) == need
+        assert t.grad is None or torch.equal(t.grad, full)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    regions=st.integers(0, 7),
+    queries=st.integers(1, 5),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([8, 16, 40]),
+)
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_any_boxes(
+    device: str,
+    impl: str,
+    data: st.DataObject,
+    grids: list[tuple[int, int]],
+    regions: int,
+    queries: int,
+    heads: int,
+    dim: int,
+) -> None:
+    # Multiples of 1/6 put edges on, and a hair beside, the lines of many grids.
+    edge = st.one_of(
+        st.integers(-2, 8).map(lambda i: i / 6),
+        st.floats(-1, 2, width=32),
+        st.sampled_from([0.0, 1.0, 1e-30, 1 - 2**-24]),
+    )
+    rows = []
+    for _ in range(regions):
+        xs, ys = (sorted(data.draw(st.tuples(edge, edge))) for _ in range(2))
+        rows.append([xs[0], ys[0], xs[1], ys[1]])
+    boxes = torch.tensor(rows, dtype=torch.float32).reshape(regions, 4)
+    index = torch.tensor(
+        data.draw(st.lists(st.integers(0, len(grids) - 1), min_size=regions, max_size=regions)), dtype=torch.long
+    )
+    case = Case(torch.tensor(grids), len(grids), boxes, index)
+    tensors = inputs(case, queries, heads, dim, torch.float32, device)
+    grad = torch.randn_like(tensors[0])
+    ours = with_gradients(lambda t: run(case, t, impl), tensors, grad)
+    wide = [t.detach().cpu().double().requires_grad_() for t in tensors]
+    exact = with_gradients(lambda t: run(case, t, "reference"), wide, grad.cpu().double())
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.cpu(), b.float(), rtol=2e-5, atol=2e-5)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "make", [lambda: dense_case(3, 4, images=2, regions=9), lambda: packed_case(images=2, regions=9, largest=5)]
+)
+def test_gradcheck(make: Callable[[], Case]) -> None:
+    case = make()
+    tensors = inputs(case, 2, 2, 8, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: run(case, list(t)), tensors, fast_mode=True)
+
+
+@needs_cpu
+def test_second_derivative_is_refused() -> None:
+    case = dense_case(3, 4)
+    tensors = inputs(case, 1, 1, 8, torch.float64)
+    (grad,) = torch.autograd.grad(run(case, tensors, "reference").square().sum(), tensors[:1], create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="region_attention: the gradient of its gradient is not implemented"):
+        torch.autograd.grad(run(case, tensors).square().sum(), tensors[:1], create_graph=True)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["odd", "packed", "no regions"])
+def test_opcheck(dtype: torch.dtype, case: str) -> None:
+    drawn = CASES[case]()
+    query, key, value = inputs(drawn, 2, 2, 8, dtype)
+    grid = (None, *drawn.grid_size) if not isinstance(drawn.grid_size, Tensor) else (drawn.grid_size, 0, 0)
+    where = (drawn.boxes, drawn.image_index, *grid, 0.3)
+    torch.library.opcheck(torch.ops.granvit.region_attention, (query, key, value, *where))
+    detached = [t.detach() for t in (query, key, value)]
+    output, lse = torch.ops.granvit.region_attention(*detached, *where)
+    for flags in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            torch.ops.granvit.region_attention_backward,
+            (torch.randn_like(output), *detached, output, lse, *where, *flags),
+        )
+
+
+@needs_cpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_with_changing_regions(packed: bool) -> None:
+    torch._dynamo.reset()
+    case = packed_case() if packed else dense_case(6, 7)
+    compiled = torch.compile(
+        lambda q, k, v, boxes, index, grid: region_attention(q, k, v, boxes, index, grid, impl="cpu") * 2,
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for regions in (5, 9, 2):
+        case.boxes = awkward_boxes(regions)
+        case.image_index = torch.randint(0, case.num_images, (regions,))
+        tensors = inputs(case, 2, 2, 24, torch.float32)
+        grad = torch.randn_like(tensors[0])
+        ours = with_gradients(lambda t: compiled(*t, case.boxes, case.image_index, case.grid_size), tensors, grad)
+        eager = with_gradients(lambda t: run(case, t) * 2, tensors, grad)
+        for a, b in zip(ours, eager, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_cpu
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    case = dense_case(6, 7)
+    tensors = inputs(case, 2, 2, 24, torch.float32)
+    grad = torch.randn_like(tensors[0])
+    compiled = torch.compile(lambda q, k, v: run(case, [q * 2, k, v]), fullgraph=True, dynamic=True)
+    ours = with_gradients(lambda t: compiled(*t), tensors, grad)
+    eager = with_gradients(lambda t: run(case, [t[0] * 2, *t[1:]]), tensors, grad)
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Pool(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+        return region_attention(query, key, value, boxes, image_index, (6, 7), impl="cpu")
+
+
+@needs_cpu
+def test_export_with_dynamic_regions() -> None:
+    case = dense_case(6, 7)
+    tensors = [t.detach() for t in inputs(case, 2, 2, 24, torch.float32)]
+    regions = torch.export.Dim("regions", min=1, max=512)
+    shapes = ({0: regions}, None, None, {0: regions}, {0: regions})
+    program = torch.export.export(Pool(), (*tensors, case.boxes, case.image_index), dynamic_shapes=shapes)
+    more = dense_case(6, 7, regions=21)
+    arguments = (*(t.detach() for t in inputs(more, 2, 2, 24, torch.float32)), more.boxes, more.image_index)
+    assert torch.equal(program.module()(*arguments), Pool()(*arguments))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_dtype_alone(dtype: torch.dtype) -> None:
+    case = dense_case(6, 7)
+    tensors = inputs(case, 2, 2, 24, dtype)
+    outside = run(case, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(case, tensors)
+        assert inside.dtype == dtype
+        inside.sum().backward()
+    assert torch.equal(inside, outside)
+    assert all(t.grad is not None and t.grad.dtype == dtype for t in tensors)
+
+
+@needs_cpu
+def test_vmap_is_refused() -> None:
+    case = dense_case(6, 7)
+    query, key, value = (t.detach() for t in inputs(case, 2, 2, 24, torch.float32))
+    with pytest.raises(RuntimeError, match=r"region_attention: torch\.func\.vmap is not supported"):
+        torch.func.vmap(lambda q: run(case, [q, key, value]))(query[None].repeat(2, 1, 1, 1, 1))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["larger", "packed"])
+def test_same_bits_for_any_thread_count(dtype: torch.dtype, case: str) -> None:
+    drawn = CASES[case]()
+    tensors = inputs(drawn, 5, 6, 24, dtype)
+    grad = torch.randn_like(tensors[0])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 5):
+            torch.set_num_threads(count)
+            results.append(with_gradients(lambda t: run(drawn, t), tensors, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_cpu
+def test_order_of_regions_does_not_matter_to_their_output() -> None:
+    case = dense_case(9, 8, regions=30)
+    query, key, value = (t.detach() for t in inputs(case, 2, 2, 24, torch.float32))
+    order = torch.randperm(30)
+    shuffled = Case(case.grid_size, case.num_images, case.boxes[order], case.image_index[order])
+    assert torch.equal(run(case, [query, key, value])[order], run(shuffled, [query[order], key, value]))
+
+
+ISA_SCRIPT = """
+import torch
+from granvit import EXTENSION
+from tests.ops.test_region_attention import check, inputs
+from tests.support import DTYPES, dense_case, packed_case
+torch.manual_seed(3)
+assert EXTENSION.core.cpu_isa() == "{level}"
+for case in (dense_case(7, 19, images=2), packed_case()):
+    for dtype in DTYPES:
+        for queries, dim in ((1, 72), (2, 24), (7, 64), (17, 8)):
+            check(case, inputs(case, queries, 3, dim, dtype), "cpu")
+print("passed")
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
+def test_instruction_sets(level: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ISA_SCRIPT.format(level=level)],
+        env={**os.environ, "GRANVIT_CPU_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "is not supported by this processor" in result.stderr or "was not compiled" in result.stderr:
+        pytest.skip(result.stderr.strip().splitlines()[-1])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "passed"
+
+
+BOX = torch.tensor([[0.1, 0.2, 0.5, 0.6]])
+GOOD: dict[str, Any] = {
+    "query": torch.zeros(1, 2, 3, 8),
+    "key": torch.zeros(2, 12, 3, 8),
+    "value": torch.zeros(2, 12, 3, 8),
+    "boxes": BOX,
+    "image_index": torch.tensor([1]),
+    "grid_size": (3, 4),
+}
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"query": [1.0]}, TypeError, r"query: expected a tensor, got \[1.0\]"),
+    (
+        {"query": torch.zeros(1, 2, 3, 8, dtype=torch.int32)},
+        TypeError,
+        "query: expected float32, bfloat16, float16 or float64",
+    ),
+    (
+        {"query": torch.zeros(1, 2, 24)},
+        ValueError,
+        r"query: expected shape \(R, Q, heads, dim\), got float32 of shape \(1, 2, 24\)",
+    ),
+    (
+        {"query": torch.zeros(1, 2, 3, 12)},
+        ValueError,
+        "query: expected at least one head and a dim that is a multiple of 8 up to 256",
+    ),
+    (
+        {"query": torch.zeros(1, 2, 3, 264)},
+        ValueError,
+        "query: expected at least one head and a dim that is a multiple of 8 up to 256",
+    ),
+    (
+        {"query": torch.zeros(4, 2, 3, 8)},
+        ValueError,
+        r"query: expected shape \(1, Q, heads, dim\) to match boxes, got .*\(4, 2, 3, 8\)",
+    ),
+    ({"key": torch.zeros(2, 12, 3, 8).bfloat16()}, TypeError, "key: expected float32 like query, got bfloat16"),
+    ({"key": torch.zeros(2, 11, 3, 8)}, ValueError, r"key: expected 3 \* 4 tokens an image to match grid_size"),
+    ({"key": torch.zeros(24, 3, 8)}, ValueError, r"key: expected shape \(B, H\*W, heads, dim\) for this grid_size"),
+    ({"key": torch.zeros(2, 12, 2, 8)}, ValueError, r"key: expected heads and dim \(3, 8\) like query"),
+    ({"key": torch.zeros(2, 12, 3, 8, device="meta")}, ValueError, "key: expected a tensor on cpu"),
+    ({"value": None}, TypeError, "value: expected a tensor, got None"),
+    ({"value": torch.zeros(1, 12, 3, 8)}, ValueError, r"value: expected shape \(2, 12, 3, 8\) like key"),
+    ({"value": torch.zeros(2, 12, 3, 8).double()}, TypeError, "value: expected float32 like query, got float64"),
+    ({"boxes": BOX.bfloat16()}, TypeError, "boxes: expected a float32 tensor"),
+    ({"boxes": BOX[0]}, ValueError, r"boxes: expected shape \(R, 4\)"),
+    ({"boxes": BOX[:, [2, 1, 0, 3]]}, ValueError, "boxes: expected finite x0 <= x1 and y0 <= y1, got .* in row 0"),
+    ({"boxes": BOX * torch.nan}, ValueError, "boxes: expected finite x0 <= x1 and y0 <= y1, got .* in row 0"),
+    ({"boxes": BOX * 224}, ValueError, "boxes: expected coordinates relative to the image, 0 to 1"),
+    ({"image_index": torch.tensor([1.0])}, TypeError, "image_index: expected an integer tensor"),
+    ({"image_index": torch.tensor([1, 0])}, ValueError, r"image_index: expected shape \(1,\) to match boxes"),
+    ({"image_index": torch.tensor([2])}, ValueError, r"image_index: expected values in \[0, 2\), got 2 in row 0"),
+    ({"image_index": torch.tensor([-1])}, ValueError, r"image_index: expected values in \[0, 2\), got -1 in row 0"),
+    ({"grid_size": "3x4"}, TypeError, "grid_size: expected an integer, a pair of integers or an integer tensor"),
+    ({"grid_size": (0, 4)}, ValueError, "grid_size: expected height and width of at least 1"),
+    ({"grid_size": torch.tensor([3, 4])}, ValueError, r"grid_size: expected shape \(B, 2\)"),
+    ({"scale": "1"}, TypeError, "scale: expected a number or None, got '1'"),
+    ({"scale": True}, TypeError, "scale: expected a number or None, got True"),
+    ({"impl": "fast"}, ValueError, "impl: expected one of cuda, triton, cpu, reference, got 'fast'"),
+    ({"impl": "cuda"}, RuntimeError, "impl='cuda' cannot run: it runs on CUDA tensors, not on cpu"),
+]
+
+
+@pytest.mark.parametrize("impl", [*(impl for device, impl in KERNELS if device == "cpu"), "reference"])
+@pytest.mark.parametrize(("change", "error", "text"), BAD, ids=range(len(BAD)))
+def test_bad_inputs(change: dict[str, Any], error: type[Exception], text: str, impl: str) -> None:
+    with pytest.raises(error, match=f"^region_attention: {text}"):
+        region_attention(**{"impl": impl, **GOOD, **change})
+
+
+@pytest.mark.parametrize("impl", [*(impl for device, impl in KERNELS if device == "cpu"), "reference"])
+def test_good_inputs_pass(impl: str) -> None:
+    assert region_attention(**GOOD, impl=impl).shape == (1, 2, 3, 8)
+
+
+def test_reference_is_exported() -> None:
+    case = dense_case(3, 3)
+    tensors = inputs(case, 1, 1, 8, torch.float64)
+    direct = reference.region_attention(*tensors, case.boxes, case.image_index, case.grid_size)
+    assert torch.equal(direct, run(case, tensors, "reference"))
