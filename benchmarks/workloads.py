@@ -178,8 +178,8 @@ def _sweeps(dtypes: tuple[str, ...]) -> tuple[Selection, ...]:
 
 
 _QUERIES = (1, 4, 16)
-# Minutes of a run on two cores go where they decide something. RoIAlign of keys and values is another function and costs
-# the same for every Q; FlexAttention is several times behind the best peer on pages with more than one query.
+# Minutes of a run on two cores go where they decide something. RoIAlign of keys and values is another function and
+# costs the same for every Q; FlexAttention is several times behind the best peer on pages with more than one query.
 _LEFT_OUT = {"paper": ("roi_align_kv",), "page": ("roi_align_kv", "flex")}
 _CPU_TARGETS = (
     Selection("region_distill", ("cpu",), modes=_FULL, leave_out=("torchvision_compiled",)),
