@@ -61,14 +61,13 @@ def box_embedding(
     if chosen == "reference":
         return _run_reference(boxes, frequencies, w1, b1, w2, b2, out, index, inplace)
     if inplace:
+        assert out is not None
         _dispatch.call(torch.ops.granvit.box_embedding_, out, index, boxes, frequencies, w1, b1, w2, b2)
         if not torch.compiler.is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a backward that saved the sequence must notice
         return out
     save = _dispatch.needs_grad(boxes, frequencies, w1, b1, w2, b2)
-    tokens, _ = _dispatch.call(
-        torch.ops.granvit.box_embedding, boxes, frequencies, w1, b1, w2, b2, out, index, save
-    )
+    tokens, _ = _dispatch.call(torch.ops.granvit.box_embedding, boxes, frequencies, w1, b1, w2, b2, out, index, save)
     return tokens
 
 
