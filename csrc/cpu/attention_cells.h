@@ -54,13 +54,14 @@ GRANVIT_INLINE const Footprint* make_footprints(const RegionPlan& plan, Scratch&
 }
 
 // How many heads a task takes at a time. Heads lie side by side in memory, so several make longer runs and fewer page
-// look-ups; but `parts` times the groups of heads must keep all threads busy. No result depends on the choice.
-GRANVIT_INLINE int64_t heads_per_task(int64_t heads, int64_t head_bytes, int64_t parts) {
-  constexpr int64_t kRunBytes = 8192;
+// look-ups; but `parts` times the groups of heads must keep all threads busy, and what a task keeps for its heads
+// should stay near the processor. No result depends on the choice.
+GRANVIT_INLINE int64_t heads_per_task(int64_t heads, int64_t run_bytes, int64_t scratch_bytes, int64_t parts) {
+  constexpr int64_t kRunBytes = 8192, kScratchBytes = 4 << 20;
   uint32_t threads = 1;
   if (torch_get_num_threads(&threads) != 0) throw std::runtime_error("granvit: torch reports no thread count");
   const int64_t tasks = threads > 1 ? 4 * static_cast<int64_t>(threads) : 1;
-  int64_t group = std::clamp<int64_t>(kRunBytes / head_bytes, 1, heads);
+  int64_t group = std::clamp<int64_t>(std::min(kRunBytes / run_bytes, kScratchBytes / scratch_bytes), 1, heads);
   while (group > 1 && parts * ((heads + group - 1) / group) < tasks) group = (group + 1) / 2;
   return group;
 }

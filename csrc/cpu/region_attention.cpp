@@ -53,9 +53,12 @@ void forward(const RegionAttentionArgs& a) {
   using A = acc_t<T>;
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
-  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), a.plan.num_regions);
   const int64_t padded = round_up(a.dim, kLanes<A>);
   const int64_t block = std::min(a.queries, kQueryBlock);
+  int64_t most = 1;
+  for (int64_t r = 0; r < a.plan.num_regions; ++r) most = std::max(most, footprints[r].cells());
+  const int64_t head_group =
+      heads_per_task(a.heads, a.dim * sizeof(T), block * (most + 2 * padded) * sizeof(A), a.plan.num_regions);
   parallel_tasks((a.heads + head_group - 1) / head_group * a.plan.num_regions, [&](int64_t task, Scratch& scratch) {
     const int64_t first_head = task / a.plan.num_regions * head_group;
     const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
@@ -165,9 +168,13 @@ void backward(const RegionAttentionArgs& a) {
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
   const RowIndex index = make_row_index(a.plan, footprints, shared);
-  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), a.plan.num_images);
-  const int64_t head_groups = (a.heads + head_group - 1) / head_group;
   const int64_t padded = round_up(a.dim, kLanes<A>);
+  int64_t rows = 1;  // of `padded` that a task keeps for a head
+  for (int64_t b = 0; b < a.plan.num_images; ++b)
+    rows = std::max(rows, GridRow<T>::kParts * a.plan.images[b].width +
+                              3 * (a.plan.image_start[b + 1] - a.plan.image_start[b]) * a.queries);
+  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), rows * padded * sizeof(A), a.plan.num_images);
+  const int64_t head_groups = (a.heads + head_group - 1) / head_group;
   const bool for_query = a.grad_query != nullptr, for_tokens = a.grad_key.data != nullptr;
   parallel_tasks(a.plan.num_images * head_groups, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / head_groups, first_head = task % head_groups * head_group;
@@ -334,6 +341,8 @@ std::tuple<Tensor, Tensor, Tensor> region_attention_backward(
     for (Tensor* t : {&grad_key, &grad_value})
       *t = packed ? torch::stable::new_empty(key, {key.size(0), args.heads, args.dim})
                   : torch::stable::new_empty(key, {key.size(0), key.size(1), args.heads, args.dim});
+    advise_huge_pages(grad_key);
+    advise_huge_pages(grad_value);
     args.grad_key = view_tokens(op, "grad_key", grad_key, args.plan, packed);
     args.grad_value = view_tokens(op, "grad_value", grad_value, args.plan, packed);
   } else {
