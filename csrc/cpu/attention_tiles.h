@@ -1,9 +1,13 @@
-// The three products of attention, on tiles that stay in registers. "Queries" lie in rows of `padded` accumulators,
-// filled up with zeros to whole vectors; "tokens" are rows anywhere in memory, named by pointers whose count is padded
-// to a multiple of kTokenBlock, and read `offset` elements further on. Weights and scores form a matrix [query][token]
-// whose rows are `stride` apart.
+// The three products of attention, on tiles that stay in registers, and the softmax between them. "Queries" lie in rows
+// of `padded` accumulators, filled up with zeros to whole vectors; "tokens" are rows anywhere in memory, named by
+// pointers whose count is padded to a multiple of kTokenBlock, and read `offset` elements further on. Weights and
+// scores form a matrix [query][token] whose rows are `stride` apart.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
+#include "math.h"
 #include "regions.h"
 
 namespace granvit::cpu::GRANVIT_ISA {
@@ -208,6 +212,43 @@ GRANVIT_INLINE void for_each_query_tile(int64_t queries, Body&& body) {
   if constexpr (kQueryTile > 2)
     for (; q + 2 <= queries; q += 2) body(q, std::integral_constant<int, 2>{});
   for (; q < queries; ++q) body(q, std::integral_constant<int, 1>{});
+}
+
+// score[j] += bias[j], then weight[j] = exp(score[j] - maximum) in place; the entries from `count` up to the next whole
+// vector become 0. Returns the sum of the weights.
+template <typename A>
+A softmax_weights(A* score, const A* bias, int64_t count, A* maximum) {
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  const int64_t end = round_up(count, kLanes<A>);
+  std::fill(score + count, score + end, kLowest);
+  Vec<A> highest = splat(kLowest);
+  for (int64_t j = 0; j < end; j += kLanes<A>) {
+    const Vec<A> s = load(score + j) + load(bias + j);
+    highest = s > highest ? s : highest;
+    store(score + j, s);
+  }
+  *maximum = max_lanes<A>(highest);
+  Vec<A> sum{};
+  for (int64_t j = 0; j < end; j += kLanes<A>) {
+    const Vec<A> w = exp(load(score + j) - *maximum);
+    sum += w;
+    store(score + j, w);
+  }
+  return sum_lanes<A>(sum);
+}
+
+// score[j] becomes the weight's share of the gradient of the score, weight * (grad_weight - delta), and grad_weight[j]
+// the weight, exp(score + bias - lse); both 0 from `count` on.
+template <typename A>
+void softmax_gradient(A* score, A* grad_weight, const A* bias, int64_t count, A lse, A delta) {
+  for (int64_t j = 0; j < count; j += kLanes<A>) {
+    const Vec<A> w = exp(load(score + j) + load(bias + j) - lse);
+    store(score + j, w * (load(grad_weight + j) - delta));
+    store(grad_weight + j, w);
+  }
+  const int64_t end = round_up(count, kTokenBlock);
+  std::fill(score + count, score + end, A(0));
+  std::fill(grad_weight + count, grad_weight + end, A(0));
 }
 
 }  // namespace granvit::cpu::GRANVIT_ISA

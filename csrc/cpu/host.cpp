@@ -3,6 +3,10 @@
 
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace granvit::cpu {
 
 namespace {
@@ -197,6 +201,17 @@ TokenView view_tokens(const char* op, const char* name, const Tensor& tokens, co
   // const_data_ptr: reading must not materialise a copy-on-write tensor; outputs are freshly made and never shared.
   void* data = const_cast<void*>(tokens.const_data_ptr());
   return {data, dtype_of(tokens, op, name), tokens.stride(lead - 1), packed ? 0 : tokens.stride(0), packed};
+}
+
+void advise_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto data = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (data + static_cast<uintptr_t>(t.numel()) * t.element_size()) / kHugePage * kHugePage;
+  // Advice: where the system has no huge pages to give, nothing changes.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace granvit::cpu

@@ -1,15 +1,12 @@
 // region_attention on the CPU, forward and backward.
 //
-// Forward: a task takes one head of a few regions of one image, gathers pointers to the covered tokens and reads each
-// of their keys and values once for up to kQueryBlock queries. Backward: a task owns one head of one image and sweeps
-// its grid row by row; the log-sum-exp of the forward makes every row independent of the others, so keys, values and
-// their gradients pass through the cache once, however many regions overlap there.
-#include <limits>
+// Forward: a task takes some heads of one region, gathers pointers to the covered tokens and reads each of their keys
+// and values once for up to kQueryBlock queries. Backward: a task owns some heads of one image and sweeps its grid row
+// by row; the log-sum-exp of the forward makes every row independent of the others, so keys, values and their gradients
+// pass through the cache once, however many regions overlap there.
 #include <new>
 
 #include "attention_cells.h"
-#include "attention_tiles.h"
-#include "math.h"
 
 namespace granvit::cpu {
 
@@ -40,155 +37,88 @@ namespace GRANVIT_ISA {
 
 namespace {
 
-constexpr int64_t kQueryBlock = 16;     // queries that share one reading of keys and values
-constexpr int64_t kTokenStrip = 32;     // tokens that stay in the first-level cache for all of these
-constexpr int64_t kRegionsPerTask = 8;  // overlapping regions find each other's tokens in the second-level cache
+constexpr int64_t kQueryBlock = 16;  // queries that share one reading of keys and values
+constexpr int64_t kTokenStrip = 32;  // tokens that stay in the first-level cache for all of these
 
-// score[j] += bias[j], then weight[j] = exp(score[j] - maximum) in place; the entries from `count` up to the next whole
-// vector become 0. Returns the sum of the weights.
-template <typename A>
-A softmax_weights(A* score, const A* bias, int64_t count, A* maximum) {
-  constexpr A kLowest = -std::numeric_limits<A>::infinity();
-  const int64_t end = round_up(count, kLanes<A>);
-  std::fill(score + count, score + end, kLowest);
-  Vec<A> highest = splat(kLowest);
-  for (int64_t j = 0; j < end; j += kLanes<A>) {
-    const Vec<A> s = load(score + j) + load(bias + j);
-    highest = s > highest ? s : highest;
-    store(score + j, s);
-  }
-  *maximum = max_lanes<A>(highest);
-  Vec<A> sum{};
-  for (int64_t j = 0; j < end; j += kLanes<A>) {
-    const Vec<A> w = exp(load(score + j) - *maximum);
-    sum += w;
-    store(score + j, w);
-  }
-  return sum_lanes<A>(sum);
-}
-
-// score[j] becomes the weight's share of the gradient of the score, weight * (grad_weight - delta), and grad_weight[j]
-// the weight, exp(score + bias - lse); both 0 from `count` on.
-template <typename A>
-void softmax_gradient(A* score, A* grad_weight, const A* bias, int64_t count, A lse, A delta) {
-  for (int64_t j = 0; j < count; j += kLanes<A>) {
-    const Vec<A> w = exp(load(score + j) + load(bias + j) - lse);
-    store(score + j, w * (load(grad_weight + j) - delta));
-    store(grad_weight + j, w);
-  }
-  const int64_t end = round_up(count, kTokenBlock);
-  std::fill(score + count, score + end, A(0));
-  std::fill(grad_weight + count, grad_weight + end, A(0));
-}
-
-// A zero-filled array: what lies beyond the last channel of a head takes part in whole vectors.
+// Asks for the next strip of tokens while several queries keep the processor busy with this one; with few queries the
+// hardware's own prefetching is ahead, and more requests only get in its way.
 template <typename T>
-T* take_zeros(Scratch& scratch, int64_t count) {
-  T* p = scratch.take<T>(count);
-  std::fill(p, p + count, T{});
-  return p;
+void fetch_strip(const T* const* tokens, int64_t first, int64_t count, int64_t offset, int64_t dim) {
+  for (int64_t j = first; j < std::min(first + kTokenStrip, count); ++j)
+    for (int64_t c = 0; c < dim; c += 64 / sizeof(T)) __builtin_prefetch(tokens[j] + offset + c);
 }
-
-// Pointers to the keys and values that a region covers, and their log coverage.
-template <typename T>
-struct Cells {
-  const T** keys;
-  const T** values;
-  acc_t<T>* bias;
-  int64_t count;
-  int64_t whole;  // pointers up to here can be read
-
-  Cells(int64_t most, Scratch& scratch)
-      : keys(scratch.take<const T*>(round_up(most, kTokenBlock))),
-        values(scratch.take<const T*>(round_up(most, kTokenBlock))),
-        bias(take_zeros<acc_t<T>>(scratch, round_up(most, kLanes<float>))) {}
-
-  void gather(const RegionAttentionArgs& a, const Footprint& f, int64_t b, int64_t channel, const T* nothing) {
-    const ImageGrid& image = a.plan.images[b];
-    count = 0;
-    for (int64_t y = f.y0; y < f.y1; ++y) {
-      const T* key = a.key.row<const T>(image, b, y * image.width + f.x0) + channel;
-      const T* value = a.value.row<const T>(image, b, y * image.width + f.x0) + channel;
-      for (int64_t j = 0; j < f.width(); ++j) {
-        keys[count + j] = key + j * a.key.row_stride;
-        values[count + j] = value + j * a.value.row_stride;
-      }
-      f.write_bias(y, bias + count);
-      count += f.width();
-    }
-    whole = round_up(count, kTokenBlock);
-    std::fill(keys + count, keys + whole, nothing);
-    std::fill(values + count, values + whole, nothing);
-  }
-};
 
 template <typename T>
 void forward(const RegionAttentionArgs& a) {
   using A = acc_t<T>;
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
-  const RegionGroups groups = make_groups(a.plan, kRegionsPerTask, shared);
-  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), groups.count);
   const int64_t padded = round_up(a.dim, kLanes<A>);
   const int64_t block = std::min(a.queries, kQueryBlock);
-  parallel_tasks((a.heads + head_group - 1) / head_group * groups.count, [&](int64_t task, Scratch& scratch) {
-    const int64_t first_head = task / groups.count * head_group;
+  int64_t most = 1;
+  for (int64_t r = 0; r < a.plan.num_regions; ++r) most = std::max(most, footprints[r].cells());
+  const int64_t head_group =
+      heads_per_task(a.heads, a.dim * sizeof(T), block * (most + 2 * padded) * sizeof(A), a.plan.num_regions);
+  parallel_tasks((a.heads + head_group - 1) / head_group * a.plan.num_regions, [&](int64_t task, Scratch& scratch) {
+    const int64_t first_head = task / a.plan.num_regions * head_group;
     const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
-    const RegionGroup group = groups.group[task % groups.count];
-    int64_t most = 0;
-    for (int64_t i = group.first; i < group.last; ++i) most = std::max(most, footprints[a.plan.by_image[i]].cells());
-    Cells<T> cells(most, scratch);
-    const T* nothing = take_zeros<T>(scratch, heads * a.dim);
+    const int64_t r = a.plan.by_image[task % a.plan.num_regions];  // regions of one image find its tokens in the cache
+    const int64_t b = a.plan.regions[r].image;
+    const Cells<T> cells(a.key, a.value, a.plan.images[b], b, footprints[r], channel, heads * a.dim, scratch);
     // Rows (head, query).
-    const int64_t stride = round_up(most, kLanes<float>);
+    const int64_t stride = round_up(cells.count, kLanes<float>);
     A* weight = scratch.take<A>(heads * block * stride);
     A* query = take_zeros<A>(scratch, heads * block * padded);
     A* out = scratch.take<A>(heads * block * padded);
     A* total = scratch.take<A>(heads * block);
 
-    for (int64_t i = group.first; i < group.last; ++i) {
-      const int64_t r = a.plan.by_image[i];
-      cells.gather(a, footprints[r], a.plan.regions[r].image, channel, nothing);
-      for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
-        const int64_t queries = std::min(kQueryBlock, a.queries - q0);
-        const auto for_each_row = [&](const auto& body) {
-          for (int64_t h = 0; h < heads; ++h)
-            for (int64_t q = 0; q < queries; ++q) body(h, q, h * block + q);
-        };
-        const auto for_each_tile = [&](const auto& body) {
-          for (int64_t j = 0; j < cells.whole; j += kTokenStrip)
-            for (int64_t h = 0; h < heads; ++h)
-              for_each_query_tile(queries, [&](int64_t q, auto tile) {
-                body(j, std::min(kTokenStrip, cells.whole - j), h * a.dim, h * block + q, tile);
-              });
-        };
-        for_each_row([&](int64_t h, int64_t q, int64_t row) {
-          const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + (q0 + q) * a.query_stride;
-          widen_row(from + channel + h * a.dim, a.dim, static_cast<A>(a.scale), query + row * padded);
-        });
-        for_each_tile([&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
-          dot_tile<T, decltype(tile)::value>(query + row * padded, padded, cells.keys + j, offset, count, a.dim,
-                                             weight + row * stride + j, stride);
-        });
-        for_each_row([&](int64_t h, int64_t q, int64_t row) {
-          A maximum;
-          total[row] = softmax_weights(weight + row * stride, cells.bias, cells.count, &maximum);
-          A* lse = static_cast<A*>(a.lse) + (r * a.heads + first_head + h) * a.queries + q0 + q;
-          *lse = maximum + std::log(total[row]);
-        });
-        std::fill(out, out + heads * block * padded, A(0));
-        for_each_tile([&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
-          mix_tile<T, decltype(tile)::value>(weight + row * stride + j, stride, cells.values + j, offset, count, a.dim,
-                                             out + row * padded, padded);
-        });
-        for_each_row([&](int64_t h, int64_t q, int64_t row) {
-          T* to = static_cast<T*>(a.output) + ((r * a.queries + q0 + q) * a.heads + first_head + h) * a.dim;
-          narrow_row(out + row * padded, a.dim, 1 / total[row], to);
-        });
-      }
+    for (int64_t q0 = 0; q0 < a.queries; q0 += kQueryBlock) {
+      const int64_t queries = std::min(kQueryBlock, a.queries - q0);
+      const auto for_each_row = [&](const auto& body) {
+        for (int64_t h = 0; h < heads; ++h)
+          for (int64_t q = 0; q < queries; ++q) body(h, q, h * block + q);
+      };
+      const auto for_each_tile = [&](const T* const* tokens, const auto& body) {
+        for (int64_t j = 0; j < cells.whole; j += kTokenStrip)
+          for (int64_t h = 0; h < heads; ++h) {
+            if (queries >= kQueryBlock / 2) fetch_strip(tokens, j + kTokenStrip, cells.count, h * a.dim, a.dim);
+            for_each_query_tile(queries, [&](int64_t q, auto tile) {
+              body(j, std::min(kTokenStrip, cells.whole - j), h * a.dim, h * block + q, tile);
+            });
+          }
+      };
+      for_each_row([&](int64_t h, int64_t q, int64_t row) {
+        const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + (q0 + q) * a.query_stride;
+        widen_row(from + channel + h * a.dim, a.dim, static_cast<A>(a.scale), query + row * padded);
+      });
+      for_each_tile(cells.keys, [&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
+        dot_tile<T, decltype(tile)::value>(query + row * padded, padded, cells.keys + j, offset, count, a.dim,
+                                           weight + row * stride + j, stride);
+      });
+      for_each_row([&](int64_t h, int64_t q, int64_t row) {
+        A maximum;
+        total[row] = softmax_weights(weight + row * stride, cells.bias, cells.count, &maximum);
+        A* lse = static_cast<A*>(a.lse) + (r * a.heads + first_head + h) * a.queries + q0 + q;
+        *lse = maximum + std::log(total[row]);
+      });
+      std::fill(out, out + heads * block * padded, A(0));
+      for_each_tile(cells.values, [&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
+        mix_tile<T, decltype(tile)::value>(weight + row * stride + j, stride, cells.values + j, offset, count, a.dim,
+                                           out + row * padded, padded);
+      });
+      for_each_row([&](int64_t h, int64_t q, int64_t row) {
+        T* to = static_cast<T*>(a.output) + ((r * a.queries + q0 + q) * a.heads + first_head + h) * a.dim;
+        narrow_row(out + row * padded, a.dim, 1 / total[row], to);
+      });
     }
   });
 }
+
+// Positions [first, last) of RegionPlan::by_image: the regions of one image.
+struct ImageRegions {
+  int64_t first;
+  int64_t last;
+};
 
 // What the backward keeps of one head's regions for a sweep over the image, in the accumulation type.
 template <typename T>
@@ -200,7 +130,7 @@ struct Queries {
   A* lse;
   A* delta;  // grad . output, which the softmax's gradient subtracts
 
-  Queries(const RegionAttentionArgs& a, RegionGroup group, int64_t head, int64_t padded, Scratch& scratch) {
+  Queries(const RegionAttentionArgs& a, ImageRegions group, int64_t head, int64_t padded, Scratch& scratch) {
     const int64_t rows = (group.last - group.first) * a.queries;
     query = take_zeros<A>(scratch, rows * padded);
     grad = take_zeros<A>(scratch, rows * padded);
@@ -222,68 +152,11 @@ struct Queries {
     }
   }
 
-  void write_gradient(const RegionAttentionArgs& a, RegionGroup group, int64_t head, int64_t padded) const {
+  void write_gradient(const RegionAttentionArgs& a, ImageRegions group, int64_t head, int64_t padded) const {
     for (int64_t row = 0; row < (group.last - group.first) * a.queries; ++row) {
       const int64_t r = a.plan.by_image[group.first + row / a.queries], q = row % a.queries;
       narrow_row(grad_query + row * padded, a.dim, static_cast<A>(a.scale),
                  static_cast<T*>(a.grad_query) + ((r * a.queries + q) * a.heads + head) * a.dim);
-    }
-  }
-};
-
-// One grid row of some heads in the accumulation type, as (column, head) rows of `padded`: keys, values, and their
-// gradients, which collect here over all regions.
-template <typename T>
-struct GridRow {
-  using A = acc_t<T>;
-  enum Part { kKey, kValue, kGradKey, kGradValue, kParts };
-  int64_t heads;
-  int64_t padded;
-  A* data[kParts];
-  A** column[kParts];  // of one region, filled up with `nothing` or `spill`
-  A* nothing;
-  A* spill;
-
-  GridRow(int64_t width, int64_t heads, int64_t padded, Scratch& scratch) : heads(heads), padded(padded) {
-    for (int part = 0; part < kParts; ++part) {
-      data[part] = take_zeros<A>(scratch, width * heads * padded);
-      column[part] = scratch.take<A*>(round_up(width, kTokenBlock));
-    }
-    nothing = take_zeros<A>(scratch, heads * padded);
-    spill = take_zeros<A>(scratch, heads * padded);
-  }
-
-  void read(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
-            int64_t channel, int64_t dim, Part part) {
-    for (int64_t x = begin; x < end; ++x) {
-      const T* from = tokens.row<const T>(image, b, y * image.width + x) + channel;
-      for (int64_t h = 0; h < heads; ++h) widen_row(from + h * dim, dim, A(1), data[part] + (x * heads + h) * padded);
-    }
-  }
-
-  void clear(int64_t begin, int64_t end, Part part) {
-    std::fill(data[part] + begin * heads * padded, data[part] + end * heads * padded, A(0));
-  }
-
-  // Writes the row out; columns outside [begin, end), which no region covers, as zeros.
-  void write(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
-             int64_t channel, int64_t dim, Part part) const {
-    for (int64_t x = 0; x < image.width; ++x) {
-      T* to = tokens.row<T>(image, b, y * image.width + x) + channel;
-      if (x < begin || x >= end) {
-        std::fill(to, to + heads * dim, T{});
-        continue;
-      }
-      for (int64_t h = 0; h < heads; ++h) narrow_row(data[part] + (x * heads + h) * padded, dim, A(1), to + h * dim);
-    }
-  }
-
-  // Points `column` at the region's columns. Tiles read zeros beyond them, and write what nobody reads.
-  void select(const Footprint& f) {
-    const int64_t count = f.width(), whole = round_up(count, kTokenBlock);
-    for (int part = 0; part < kParts; ++part) {
-      for (int64_t j = 0; j < count; ++j) column[part][j] = data[part] + (f.x0 + j) * heads * padded;
-      std::fill(column[part] + count, column[part] + whole, part == kKey || part == kValue ? nothing : spill);
     }
   }
 };
@@ -295,15 +168,19 @@ void backward(const RegionAttentionArgs& a) {
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
   const RowIndex index = make_row_index(a.plan, footprints, shared);
-  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), a.plan.num_images);
-  const int64_t head_groups = (a.heads + head_group - 1) / head_group;
   const int64_t padded = round_up(a.dim, kLanes<A>);
+  int64_t rows = 1;  // of `padded` that a task keeps for a head
+  for (int64_t b = 0; b < a.plan.num_images; ++b)
+    rows = std::max(rows, GridRow<T>::kParts * a.plan.images[b].width +
+                              3 * (a.plan.image_start[b + 1] - a.plan.image_start[b]) * a.queries);
+  const int64_t head_group = heads_per_task(a.heads, a.dim * sizeof(T), rows * padded * sizeof(A), a.plan.num_images);
+  const int64_t head_groups = (a.heads + head_group - 1) / head_group;
   const bool for_query = a.grad_query != nullptr, for_tokens = a.grad_key.data != nullptr;
   parallel_tasks(a.plan.num_images * head_groups, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / head_groups, first_head = task % head_groups * head_group;
     const int64_t heads = std::min(head_group, a.heads - first_head), channel = first_head * a.dim;
     const ImageGrid& image = a.plan.images[b];
-    const RegionGroup group{a.plan.image_start[b], a.plan.image_start[b + 1]};
+    const ImageRegions group{a.plan.image_start[b], a.plan.image_start[b + 1]};
     Queries<T>* all = scratch.take<Queries<T>>(heads);
     for (int64_t h = 0; h < heads; ++h) new (all + h) Queries<T>(a, group, first_head + h, padded, scratch);
     Row row(image.width, heads, padded, scratch);
@@ -464,6 +341,8 @@ std::tuple<Tensor, Tensor, Tensor> region_attention_backward(
     for (Tensor* t : {&grad_key, &grad_value})
       *t = packed ? torch::stable::new_empty(key, {key.size(0), args.heads, args.dim})
                   : torch::stable::new_empty(key, {key.size(0), key.size(1), args.heads, args.dim});
+    advise_huge_pages(grad_key);
+    advise_huge_pages(grad_value);
     args.grad_key = view_tokens(op, "grad_key", grad_key, args.plan, packed);
     args.grad_value = view_tokens(op, "grad_value", grad_value, args.plan, packed);
   } else {
