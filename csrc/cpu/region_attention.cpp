@@ -38,9 +38,9 @@ namespace GRANVIT_ISA {
 namespace {
 
 constexpr int64_t kQueryBlock = 16;  // queries that share one reading of keys and values
-constexpr int64_t kTokenStrip = 32;  // tokens that stay in the first-level cache for all of these
+constexpr int64_t kTokenStrip = 16;  // tokens that stay in the first-level cache for all of these
 
-// Asks for the next strip of tokens while several queries keep the processor busy with this one; with few queries the
+// Asks for the next strip of tokens while several queries keep the processor busy with this one; with one query the
 // hardware's own prefetching is ahead, and more requests only get in its way.
 template <typename T>
 void fetch_strip(const T* const* tokens, int64_t first, int64_t count, int64_t offset, int64_t dim) {
@@ -81,7 +81,7 @@ void forward(const RegionAttentionArgs& a) {
       const auto for_each_tile = [&](const T* const* tokens, const auto& body) {
         for (int64_t j = 0; j < cells.whole; j += kTokenStrip)
           for (int64_t h = 0; h < heads; ++h) {
-            if (queries >= kQueryBlock / 2) fetch_strip(tokens, j + kTokenStrip, cells.count, h * a.dim, a.dim);
+            if (queries >= kQueryTile) fetch_strip(tokens, j + kTokenStrip, cells.count, h * a.dim, a.dim);
             for_each_query_tile(queries, [&](int64_t q, auto tile) {
               body(j, std::min(kTokenStrip, cells.whole - j), h * a.dim, h * block + q, tile);
             });
