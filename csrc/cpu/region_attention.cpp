@@ -54,7 +54,7 @@ void forward(const RegionAttentionArgs& a) {
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
   const int64_t padded = round_up(a.dim, kLanes<A>);
-  const int64_t block = std::min(a.queries, kQueryBlock);
+  const int64_t block = std::clamp<int64_t>(a.queries, 1, kQueryBlock);
   int64_t most = 1;
   for (int64_t r = 0; r < a.plan.num_regions; ++r) most = std::max(most, footprints[r].cells());
   const int64_t head_group =
@@ -279,7 +279,8 @@ RegionAttentionArgs make_args(const char* op, const HostPlan& host, const Tensor
   args.queries = query.size(1);
   args.heads = query.size(2);
   args.dim = query.size(3);
-  expect(args.dim >= 8 && args.dim % 8 == 0, op, ": query: expected a dim that is a multiple of 8, got ", args.dim);
+  expect(args.heads >= 1 && args.dim >= 8 && args.dim % 8 == 0, op,
+         ": query: expected at least one head and a dim that is a multiple of 8, got ", args.heads, " of ", args.dim);
   expect(query.stride(3) == 1 && (args.heads <= 1 || query.stride(2) == args.dim), op,
          ": query: expected contiguous heads and dim");
   const int64_t last = packed ? 2 : 3;
