@@ -38,9 +38,9 @@ namespace GRANVIT_ISA {
 namespace {
 
 constexpr int64_t kQueryBlock = 16;  // queries that share one reading of keys and values
-constexpr int64_t kTokenStrip = 32;  // tokens that stay in the first-level cache for all of these
+constexpr int64_t kTokenStrip = 16;  // tokens that stay in the first-level cache for all of these
 
-// Asks for the next strip of tokens while several queries keep the processor busy with this one; with few queries the
+// Asks for the next strip of tokens while several queries keep the processor busy with this one; with one query the
 // hardware's own prefetching is ahead, and more requests only get in its way.
 template <typename T>
 void fetch_strip(const T* const* tokens, int64_t first, int64_t count, int64_t offset, int64_t dim) {
@@ -54,7 +54,7 @@ void forward(const RegionAttentionArgs& a) {
   Scratch shared;
   const Footprint* footprints = make_footprints(a.plan, shared);
   const int64_t padded = round_up(a.dim, kLanes<A>);
-  const int64_t block = std::min(a.queries, kQueryBlock);
+  const int64_t block = std::clamp<int64_t>(a.queries, 1, kQueryBlock);
   int64_t most = 1;
   for (int64_t r = 0; r < a.plan.num_regions; ++r) most = std::max(most, footprints[r].cells());
   const int64_t head_group =
@@ -81,7 +81,7 @@ void forward(const RegionAttentionArgs& a) {
       const auto for_each_tile = [&](const T* const* tokens, const auto& body) {
         for (int64_t j = 0; j < cells.whole; j += kTokenStrip)
           for (int64_t h = 0; h < heads; ++h) {
-            if (queries >= kQueryBlock / 2) fetch_strip(tokens, j + kTokenStrip, cells.count, h * a.dim, a.dim);
+            if (queries >= kQueryTile) fetch_strip(tokens, j + kTokenStrip, cells.count, h * a.dim, a.dim);
             for_each_query_tile(queries, [&](int64_t q, auto tile) {
               body(j, std::min(kTokenStrip, cells.whole - j), h * a.dim, h * block + q, tile);
             });
@@ -279,7 +279,8 @@ RegionAttentionArgs make_args(const char* op, const HostPlan& host, const Tensor
   args.queries = query.size(1);
   args.heads = query.size(2);
   args.dim = query.size(3);
-  expect(args.dim >= 8 && args.dim % 8 == 0, op, ": query: expected a dim that is a multiple of 8, got ", args.dim);
+  expect(args.heads >= 1 && args.dim >= 8 && args.dim % 8 == 0, op,
+         ": query: expected at least one head and a dim that is a multiple of 8, got ", args.heads, " of ", args.dim);
   expect(query.stride(3) == 1 && (args.heads <= 1 || query.stride(2) == args.dim), op,
          ": query: expected contiguous heads and dim");
   const int64_t last = packed ? 2 : 3;

@@ -83,6 +83,17 @@ def with_gradients(f: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], g
     return [output.detach(), *torch.autograd.grad(output, tensors, grad)]
 
 
+def compare(names: tuple[str, ...], ours: list[Tensor], stock: list[Tensor], exact: list[Tensor]) -> None:
+    for name, a, b, c in zip(names, ours, stock, exact, strict=True):
+        assert a.dtype == b.dtype
+        if a.dtype == torch.float64:
+            # The reference is no more exact than the op here, so the budget cannot judge: a few hundred roundings.
+            atol = 1e-13 * float(c.abs().amax()) if c.numel() else 0.0
+            torch.testing.assert_close(a.cpu(), c, rtol=1e-13, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert_within_budget(a.cpu(), b, c, a.dtype, name)
+
+
 def check(case: Case, tensors: list[Tensor], impl: str) -> None:
     """Output and gradients against the reference in float64 and against stock PyTorch in the same dtype."""
     query = tensors[0]
@@ -92,13 +103,7 @@ def check(case: Case, tensors: list[Tensor], impl: str) -> None:
     exact = with_gradients(lambda t: run(case, t, "reference"), exact_inputs, grad.cpu().double())
     stock_inputs = [t.detach().cpu().requires_grad_() for t in tensors]
     plain = with_gradients(lambda t: stock(case, t), stock_inputs, grad.cpu())
-    for what, a, b, c in zip(("output", "grad query", "grad key", "grad value"), ours, plain, exact, strict=True):
-        assert a.dtype == query.dtype
-        if query.dtype == torch.float64:
-            # The reference is no more exact than the op here, so the budget cannot judge: a few hundred roundings.
-            torch.testing.assert_close(a.cpu(), c, rtol=1e-13, atol=1e-13 * float(c.abs().amax()) if c.numel() else 0.0)
-        else:
-            assert_within_budget(a.cpu(), b, c, query.dtype, what)
+    compare(("output", "grad query", "grad key", "grad value"), ours, plain, exact)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,8 +144,7 @@ def test_views_are_read_in_place(poisoned: None, device: str, impl: str, dtype: 
     exact = with_gradients(lambda t: run(case, views(*t), "reference"), wide, grad.cpu().double())
     same = [t.detach().cpu().requires_grad_() for t in (fused, probe)]
     plain = with_gradients(lambda t: stock(case, views(*t)), same, grad.cpu())
-    for what, a, b, c in zip(("output", "grad fused", "grad probe"), ours, plain, exact, strict=True):
-        assert_within_budget(a.cpu(), b, c, dtype, what)
+    compare(("output", "grad fused", "grad probe"), ours, plain, exact)
 
 
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
