@@ -122,7 +122,9 @@ def require() -> Path:
 
 def _command(suites: Path, options: list[str]) -> tuple[list[str], dict[str, str]]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return [sys.executable, "-m", "pytest", str(suites), *options], {**os.environ, "PYTHONPATH": path}
+    # A surrounding pytest-xdist would switch pytest-benchmark off.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return [sys.executable, "-m", "pytest", str(suites), *options], {**environment, "PYTHONPATH": path}
 
 
 def _list(suites: Path, options: list[str], console: Console) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -52,8 +53,8 @@ def _why_not(op: str, impl: str, device_type: str) -> str | None:
         return None if _has_kernel(op, "CUDA") else f"this version has no CUDA kernel for {op}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    found = importlib.util.find_spec(f"granvit.kernels.{op}")
-    return None if found else f"this version has no Triton kernel for {op}"
+    kernel = Path(__file__).parents[1] / "kernels" / f"{op}.py"
+    return None if kernel.exists() else f"this version has no Triton kernel for {op}"
 
 
 def _has_kernel(op: str, key: str) -> bool:
