@@ -120,7 +120,7 @@ struct Cells {
         whole(round_up(count, kTokenBlock)),
         keys(scratch.take<const T*>(whole)),
         values(scratch.take<const T*>(whole)),
-        bias(take_zeros<acc_t<T>>(scratch, round_up(count, kLanes<float>))) {
+        bias(scratch.take<acc_t<T>>(round_up(count, kLanes<float>))) {
     int64_t i = 0;
     for (int64_t y = f.y0; y < f.y1; ++y) {
       const T* key_row = key.template row<const T>(image, b, y * image.width + f.x0) + channel;
@@ -134,6 +134,7 @@ struct Cells {
     const T* nothing = take_zeros<T>(scratch, channels);
     std::fill(keys + count, keys + whole, nothing);
     std::fill(values + count, values + whole, nothing);
+    std::fill(bias + count, bias + round_up(count, kLanes<float>), -std::numeric_limits<acc_t<T>>::infinity());
   }
 };
 
@@ -163,7 +164,7 @@ struct GridRow {
             int64_t channel, int64_t dim, Part part) {
     for (int64_t x = begin; x < end; ++x) {
       const T* from = tokens.row<const T>(image, b, y * image.width + x) + channel;
-      for (int64_t h = 0; h < heads; ++h) widen_row(from + h * dim, dim, A(1), data[part] + (x * heads + h) * padded);
+      for (int64_t h = 0; h < heads; ++h) widen_row(from + h * dim, dim, data[part] + (x * heads + h) * padded);
     }
   }
 
@@ -171,16 +172,16 @@ struct GridRow {
     std::fill(data[part] + begin * heads * padded, data[part] + end * heads * padded, A(0));
   }
 
-  // Writes the row out; columns outside [begin, end), which no region covers, as zeros.
+  // Writes the row out, multiplied by `factor`; columns outside [begin, end), which no region covers, as zeros.
   void write(const TokenView& tokens, const ImageGrid& image, int64_t b, int64_t y, int64_t begin, int64_t end,
-             int64_t channel, int64_t dim, Part part) const {
+             int64_t channel, int64_t dim, A factor, Part part) const {
     for (int64_t x = 0; x < image.width; ++x) {
       T* to = tokens.row<T>(image, b, y * image.width + x) + channel;
       if (x < begin || x >= end) {
         std::fill(to, to + heads * dim, T{});
         continue;
       }
-      for (int64_t h = 0; h < heads; ++h) narrow_row(data[part] + (x * heads + h) * padded, dim, A(1), to + h * dim);
+      for (int64_t h = 0; h < heads; ++h) narrow_row(data[part] + (x * heads + h) * padded, dim, factor, to + h * dim);
     }
   }
 

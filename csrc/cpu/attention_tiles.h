@@ -65,10 +65,9 @@ GRANVIT_INLINE void for_each_part(int64_t dim, Full&& full, Half&& half) {
 }
 
 template <typename T>
-void widen_row(const T* from, int64_t dim, acc_t<T> factor, acc_t<T>* to) {
+void widen_row(const T* from, int64_t dim, acc_t<T>* to) {
   for_each_part<T>(
-      dim, [&](int64_t c) { store(to + c, load(from + c) * factor); },
-      [&](int64_t c) { store(to + c, load_half(from + c) * factor); });
+      dim, [&](int64_t c) { store(to + c, load(from + c)); }, [&](int64_t c) { store(to + c, load_half(from + c)); });
 }
 
 template <typename T>
@@ -214,16 +213,16 @@ GRANVIT_INLINE void for_each_query_tile(int64_t queries, Body&& body) {
   for (; q < queries; ++q) body(q, std::integral_constant<int, 1>{});
 }
 
-// score[j] += bias[j], then weight[j] = exp(score[j] - maximum) in place; the entries from `count` up to the next whole
-// vector become 0. Returns the sum of the weights.
+// score[j] = scale * score[j] + bias[j], then weight[j] = exp(score[j] - maximum) in place. From `count` up to the next
+// whole vector `bias` is minus infinity and the weights become 0. Returns the sum of the weights.
 template <typename A>
-A softmax_weights(A* score, const A* bias, int64_t count, A* maximum) {
+A softmax_weights(A* score, A scale, const A* bias, int64_t count, A* maximum) {
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   const int64_t end = round_up(count, kLanes<A>);
-  std::fill(score + count, score + end, kLowest);
+  std::fill(score + count, score + end, A(0));
   Vec<A> highest = splat(kLowest);
   for (int64_t j = 0; j < end; j += kLanes<A>) {
-    const Vec<A> s = load(score + j) + load(bias + j);
+    const Vec<A> s = load(score + j) * scale + load(bias + j);
     highest = s > highest ? s : highest;
     store(score + j, s);
   }
@@ -238,11 +237,13 @@ A softmax_weights(A* score, const A* bias, int64_t count, A* maximum) {
 }
 
 // score[j] becomes the weight's share of the gradient of the score, weight * (grad_weight - delta), and grad_weight[j]
-// the weight, exp(score + bias - lse); both 0 from `count` on.
+// the weight, exp(scale * score + bias - lse); both 0 from `count` on.
 template <typename A>
-void softmax_gradient(A* score, A* grad_weight, const A* bias, int64_t count, A lse, A delta) {
+void softmax_gradient(A* score, A* grad_weight, A scale, const A* bias, int64_t count, A lse, A delta) {
   for (int64_t j = 0; j < count; j += kLanes<A>) {
-    const Vec<A> w = exp(load(score + j) + load(bias + j) - lse);
+    // Rounded as in the forward before lse is taken away: there lse carries the same rounding, and they cancel.
+    const Vec<A> biased = load(score + j) * scale + load(bias + j);
+    const Vec<A> w = exp(biased - lse);
     store(score + j, w * (load(grad_weight + j) - delta));
     store(grad_weight + j, w);
   }

@@ -89,7 +89,7 @@ void forward(const RegionAttentionArgs& a) {
       };
       for_each_row([&](int64_t h, int64_t q, int64_t row) {
         const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + (q0 + q) * a.query_stride;
-        widen_row(from + channel + h * a.dim, a.dim, static_cast<A>(a.scale), query + row * padded);
+        widen_row(from + channel + h * a.dim, a.dim, query + row * padded);
       });
       for_each_tile(cells.keys, [&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
         dot_tile<T, decltype(tile)::value>(query + row * padded, padded, cells.keys + j, offset, count, a.dim,
@@ -97,7 +97,7 @@ void forward(const RegionAttentionArgs& a) {
       });
       for_each_row([&](int64_t h, int64_t q, int64_t row) {
         A maximum;
-        total[row] = softmax_weights(weight + row * stride, cells.bias, cells.count, &maximum);
+        total[row] = softmax_weights(weight + row * stride, static_cast<A>(a.scale), cells.bias, cells.count, &maximum);
         A* lse = static_cast<A*>(a.lse) + (r * a.heads + first_head + h) * a.queries + q0 + q;
         *lse = maximum + std::log(total[row]);
       });
@@ -124,9 +124,9 @@ struct ImageRegions {
 template <typename T>
 struct Queries {
   using A = acc_t<T>;
-  A* query;       // rows (region, query) of `padded`, scaled
+  A* query;       // rows (region, query) of `padded`
   A* grad;        // likewise: of the output
-  A* grad_query;  // likewise: collects
+  A* grad_query;  // likewise: collects, not scaled yet
   A* lse;
   A* delta;  // grad . output, which the softmax's gradient subtracts
 
@@ -142,9 +142,9 @@ struct Queries {
       const int64_t r = a.plan.by_image[group.first + row / a.queries], q = row % a.queries;
       const int64_t offset = ((r * a.queries + q) * a.heads + head) * a.dim;
       const T* from = static_cast<const T*>(a.query) + r * a.query_region_stride + q * a.query_stride + head * a.dim;
-      widen_row(from, a.dim, static_cast<A>(a.scale), query + row * padded);
-      widen_row(static_cast<const T*>(a.grad) + offset, a.dim, A(1), grad + row * padded);
-      widen_row(static_cast<const T*>(a.output) + offset, a.dim, A(1), output);
+      widen_row(from, a.dim, query + row * padded);
+      widen_row(static_cast<const T*>(a.grad) + offset, a.dim, grad + row * padded);
+      widen_row(static_cast<const T*>(a.output) + offset, a.dim, output);
       Vec<A> sum{};
       for (int64_t c = 0; c < padded; c += kLanes<A>) sum += load(output + c) * load(grad + row * padded + c);
       delta[row] = sum_lanes<A>(sum);
@@ -223,8 +223,8 @@ void backward(const RegionAttentionArgs& a) {
                                  weight + q * stride, stride);
             });
             for (int64_t q = 0; q < queries; ++q)
-              softmax_gradient(score + q * stride, weight + q * stride, bias, f.width(), all[h].lse[first + q],
-                               all[h].delta[first + q]);
+              softmax_gradient(score + q * stride, weight + q * stride, static_cast<A>(a.scale), bias, f.width(),
+                               all[h].lse[first + q], all[h].delta[first + q]);
             for_each_query_tile(queries, [&](int64_t q, auto tile) {
               constexpr int kTile = decltype(tile)::value;
               if (for_query)
@@ -241,8 +241,8 @@ void backward(const RegionAttentionArgs& a) {
         }
       }
       if (for_tokens) {
-        row.write(a.grad_key, image, b, y, begin, end, channel, a.dim, Row::kGradKey);
-        row.write(a.grad_value, image, b, y, begin, end, channel, a.dim, Row::kGradValue);
+        row.write(a.grad_key, image, b, y, begin, end, channel, a.dim, static_cast<A>(a.scale), Row::kGradKey);
+        row.write(a.grad_value, image, b, y, begin, end, channel, a.dim, A(1), Row::kGradValue);
       }
     }
     if (for_query)

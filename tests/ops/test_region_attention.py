@@ -94,16 +94,19 @@ def compare(names: tuple[str, ...], ours: list[Tensor], stock: list[Tensor], exa
             assert_within_budget(a.cpu(), b, c, a.dtype, name)
 
 
-def check(case: Case, tensors: list[Tensor], impl: str) -> None:
-    """Output and gradients against the reference in float64 and against stock PyTorch in the same dtype."""
-    query = tensors[0]
-    grad = torch.randn_like(query)
+def three_ways(case: Case, tensors: list[Tensor], impl: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Output and gradients of the op, of stock PyTorch in the same dtype, and of the reference in float64."""
+    grad = torch.randn_like(tensors[0])
     ours = with_gradients(lambda t: run(case, t, impl), tensors, grad)
     exact_inputs = [t.detach().cpu().double().requires_grad_() for t in tensors]
     exact = with_gradients(lambda t: run(case, t, "reference"), exact_inputs, grad.cpu().double())
     stock_inputs = [t.detach().cpu().requires_grad_() for t in tensors]
     plain = with_gradients(lambda t: stock(case, t), stock_inputs, grad.cpu())
-    compare(("output", "grad query", "grad key", "grad value"), ours, plain, exact)
+    return ours, plain, exact
+
+
+def check(case: Case, tensors: list[Tensor], impl: str) -> None:
+    compare(("output", "grad query", "grad key", "grad value"), *three_ways(case, tensors, impl))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,15 +200,28 @@ def test_non_finite_tokens_stay_with_their_regions(device: str, impl: str) -> No
     assert grad_query[1].isfinite().all()
 
 
-@pytest.mark.parametrize("magnitude", [0.0, 30.0, 3e3])
+@pytest.mark.parametrize("magnitude", [0.0, 1.0, 30.0, 3e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
-def test_scores_of_any_size(device: str, impl: str, magnitude: float) -> None:
-    """Equal scores, and scores so large that all but one weight underflow."""
-    case = dense_case(6, 7)
-    tensors = inputs(case, 2, 2, 24, torch.float32, device)
+def test_scores_of_any_size(device: str, impl: str, dtype: torch.dtype, magnitude: float) -> None:
+    """Equal scores, and scores so large that all but one weight underflow.
+
+    A score that is off by d changes each weight by a factor of exp(d), hence an average of values by at most
+    exp(2 d) - 1 times the largest of them; d is a few roundings of the largest score in float32.
+    """
+    case = dense_case(9, 11, regions=40)
+    tensors = inputs(case, 2, 2, 24, dtype, device)
     with torch.no_grad():
         tensors[0] *= magnitude
-    check(case, tensors, impl)
+    query, key, value = (t.detach().cpu().double() for t in tensors)
+    ours, _, exact = three_ways(case, tensors, impl)
+    assert all(t.isfinite().all() for t in ours)
+    score = 24**-0.5 * query.norm(dim=-1).amax() * key.norm(dim=-1).amax() + 30  # 30: log of the smallest coverage
+    weight_error = torch.expm1(2 * 2 * torch.finfo(torch.float32).eps * score)
+    rounding = torch.finfo(dtype).eps
+    assert ((ours[0].cpu() - exact[0]).abs() <= (weight_error + rounding) * value.abs().amax()).all()
+    # A value collects one weight from every query, each times a gradient of about 1 (5 at most in these many draws).
+    assert ((ours[3].cpu() - exact[3]).abs() <= (weight_error + rounding) * 5 * 80).all()
 
 
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
