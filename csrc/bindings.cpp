@@ -1,5 +1,5 @@
-// The pybind11 module granvit._C. Each op registers its own schema and kernels in csrc/cpu/<op>.cpp; here is what Python
-// needs beside them: what was built, which instruction set runs, and host work that Python is too slow for.
+// The pybind11 module granvit._C. Each op registers its own schema and kernels in csrc/cpu/<op>.cpp; here is what
+// Python needs beside them: what was built, which instruction set runs, and host work that Python is too slow for.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

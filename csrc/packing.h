@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <set>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>

@@ -11,7 +11,8 @@ namespace granvit::cpu {
 
 namespace {
 
-// How far a box may reach beyond its image; farther means another unit. The same as BOX_RANGE in granvit/ops/_checks.py.
+// How far a box may reach beyond its image; farther means another unit. The same as BOX_RANGE in
+// granvit/ops/_checks.py.
 constexpr double kBoxLow = -1;
 constexpr double kBoxHigh = 2;
 

@@ -1,4 +1,5 @@
-// The host side of an op: from stable-ABI tensors to a RegionPlan, with every value checked. Only for GRANVIT_HOST code.
+// The host side of an op: from stable-ABI tensors to a RegionPlan, with every value checked. Only for GRANVIT_HOST
+// code.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -97,8 +98,8 @@ class HostPlan {
 // Dense (B, N, ...) or packed (T, ...) tokens whose trailing dimensions are contiguous; checked against the plan.
 TokenView view_tokens(const char* op, const char* name, const Tensor& tokens, const RegionPlan& plan, bool packed);
 
-// Asks for huge pages behind a large tensor that was just made. The allocator returns memory of tens of megabytes to the
-// system every time, and taking it back in pages of 4 KiB costs several times what writing it does.
+// Asks for huge pages behind a large tensor that was just made. The allocator returns memory of tens of megabytes to
+// the system every time, and taking it back in pages of 4 KiB costs several times what writing it does.
 void advise_huge_pages(const Tensor& t);
 
 }  // namespace granvit::cpu

@@ -1,6 +1,7 @@
-// Every csrc/cpu/<op>.cpp is compiled once per instruction set, each time with another GRANVIT_ISA, and its kernels live in
-// the namespace of that name. The copy compiled for the default target (GRANVIT_HOST) also holds the op's registration
-// and picks a kernel when the op is called, so one binary runs on every x86-64 and uses AVX-512 where the machine has it.
+// Every csrc/cpu/<op>.cpp is compiled once per instruction set, each time with another GRANVIT_ISA, and its kernels
+// live in the namespace of that name. The copy compiled for the default target (GRANVIT_HOST) also holds the op's
+// registration and picks a kernel when the op is called, so one binary runs on every x86-64 and uses AVX-512 where the
+// machine has it.
 //
 // The objects are linked default first, widest last. An inline function that several of them instantiate (a std::vector
 // member, say) is kept from the first one, hence never compiled for more than the machine that reaches it has.
@@ -46,28 +47,27 @@ std::string compiled_isas();
 #endif
 
 // Declares `void name(const Args&)` in every instruction set's namespace, and `name##_kernel()`, which picks one.
-#define GRANVIT_DECLARE_KERNEL(name, Args)                \
-  namespace isa_default {                                 \
-  void name(const Args&);                                 \
-  }                                                       \
-  namespace isa_avx2 {                                    \
-  void name(const Args&);                                 \
-  }                                                       \
-  namespace isa_avx512 {                                  \
-  void name(const Args&);                                 \
-  }                                                       \
-  namespace isa_avx512bf16 {                              \
-  void name(const Args&);                                 \
-  }                                                       \
-  [[maybe_unused]] static auto name##_kernel()            \
-      -> void (*)(const Args&) {                          \
-    switch (isa_level()) {                                \
-      GRANVIT_CASE_AVX512BF16(name)                       \
-      GRANVIT_CASE_AVX512(name)                           \
-      GRANVIT_CASE_AVX2(name)                             \
-      default:                                            \
-        return &isa_default::name;                        \
-    }                                                     \
+#define GRANVIT_DECLARE_KERNEL(name, Args)                                \
+  namespace isa_default {                                                 \
+  void name(const Args&);                                                 \
+  }                                                                       \
+  namespace isa_avx2 {                                                    \
+  void name(const Args&);                                                 \
+  }                                                                       \
+  namespace isa_avx512 {                                                  \
+  void name(const Args&);                                                 \
+  }                                                                       \
+  namespace isa_avx512bf16 {                                              \
+  void name(const Args&);                                                 \
+  }                                                                       \
+  [[maybe_unused]] static auto name##_kernel() -> void (*)(const Args&) { \
+    switch (isa_level()) {                                                \
+      GRANVIT_CASE_AVX512BF16(name)                                       \
+      GRANVIT_CASE_AVX512(name)                                           \
+      GRANVIT_CASE_AVX2(name)                                             \
+      default:                                                            \
+        return &isa_default::name;                                        \
+    }                                                                     \
   }
 
 }  // namespace granvit::cpu

@@ -65,8 +65,9 @@ class Scratch {
   std::vector<Block> blocks_;
 };
 
-// Runs body(task, scratch) for every task in [0, tasks). Tasks are handed out one by one, so uneven ones balance; a task's
-// result must depend on the task alone, which is what makes every kernel here give the same bits for any thread count.
+// Runs body(task, scratch) for every task in [0, tasks). Tasks are handed out one by one, so uneven ones balance; a
+// task's result must depend on the task alone, which is what makes every kernel here give the same bits for any thread
+// count.
 template <typename Body>
 void parallel_tasks(int64_t tasks, const Body& body) {
   if (tasks <= 0) return;

@@ -1,8 +1,8 @@
 // The region self-distillation loss on the CPU: student gradient and loss in one pass over the teacher (cosine: two).
 //
-// One task owns a block of channels of one image. It walks the image's regions row by row: blend the student's rows, blend
-// columns into a cell, subtract the teacher, spread the difference back over the columns and, a row at a time, over the
-// gradient. Neither the aligned map nor its gradient is larger than one row of one block.
+// One task owns a block of channels of one image. It walks the image's regions row by row: blend the student's rows,
+// blend columns into a cell, subtract the teacher, spread the difference back over the columns and, a row at a time,
+// over the gradient. Neither the aligned map nor its gradient is larger than one row of one block.
 #include <cmath>
 
 #include "separable.h"
@@ -306,12 +306,13 @@ void write_number(const Tensor& to, int64_t index, double value) {
     to.mutable_data_ptr<float>()[index] = static_cast<float>(value);
 }
 
-std::tuple<Tensor, Tensor> region_distill_forward(
-    const Tensor& student, const Tensor& teacher, const Tensor& boxes, const Tensor& image_index,
-    const std::optional<Tensor>& grid_sizes, int64_t grid_height, int64_t grid_width,
-    const std::optional<Tensor>& output_sizes, int64_t output_height, int64_t output_width,
-    const std::optional<Tensor>& weight, const std::string& loss, const std::string& reduction, int64_t sampling_ratio,
-    bool with_grad) {
+std::tuple<Tensor, Tensor> region_distill_forward(const Tensor& student, const Tensor& teacher, const Tensor& boxes,
+                                                  const Tensor& image_index, const std::optional<Tensor>& grid_sizes,
+                                                  int64_t grid_height, int64_t grid_width,
+                                                  const std::optional<Tensor>& output_sizes, int64_t output_height,
+                                                  int64_t output_width, const std::optional<Tensor>& weight,
+                                                  const std::string& loss, const std::string& reduction,
+                                                  int64_t sampling_ratio, bool with_grad) {
   Inputs in(student, teacher,
             {boxes, image_index, grid_sizes, grid_height, grid_width, output_sizes, output_height, output_width}, loss,
             sampling_ratio);

@@ -27,8 +27,7 @@ void forward(const RoiAlignArgs& a) {
     const Region& region = a.plan.regions[task / blocks];
     const ImageGrid& image = a.plan.images[region.image];
     const ChannelBlock block = channel_block<A>(task % blocks, kWidth, a.channels);
-    const auto band_y =
-        make_band<A>(region.y0, region.y1, region.out_height, image.height, a.sampling_ratio, scratch);
+    const auto band_y = make_band<A>(region.y0, region.y1, region.out_height, image.height, a.sampling_ratio, scratch);
     const auto band_x = make_band<A>(region.x0, region.x1, region.out_width, image.width, a.sampling_ratio, scratch);
     A* blended = scratch.take<A>(static_cast<int64_t>(band_x.end - band_x.begin) * block.padded);
     for (int p = 0; p < band_y.cells; ++p) {
@@ -130,9 +129,9 @@ Tensor roi_align(const Tensor& tokens, const Tensor& boxes, const Tensor& image_
   args.tokens = view_tokens(op, "tokens", tokens, args.plan, grid_sizes.has_value());
   const int64_t channels = tokens.size(tokens.dim() - 1);
   args.channels = channels;
-  Tensor out = output_sizes ? torch::stable::new_empty(tokens, {args.plan.num_cells, channels})
-                            : torch::stable::new_empty(
-                                  tokens, {args.plan.num_regions, output_height * output_width, channels});
+  Tensor out = output_sizes
+                   ? torch::stable::new_empty(tokens, {args.plan.num_cells, channels})
+                   : torch::stable::new_empty(tokens, {args.plan.num_regions, output_height * output_width, channels});
   args.cells = out.mutable_data_ptr();
   roi_align_forward_kernel()(args);
   return out;
@@ -154,8 +153,8 @@ Tensor roi_align_backward(const Tensor& grad, const Tensor& boxes, const Tensor&
          " cells to match output_size");
   Tensor out = packed ? torch::stable::new_empty(cells, {num_tokens, channels})
                       : torch::stable::new_empty(cells, {num_images, grid_height * grid_width, channels});
-  RoiAlignArgs args{host.plan(), {}, const_cast<void*>(cells.const_data_ptr()), channels,
-                    static_cast<int>(sampling_ratio)};
+  RoiAlignArgs args{
+      host.plan(), {}, const_cast<void*>(cells.const_data_ptr()), channels, static_cast<int>(sampling_ratio)};
   args.tokens = view_tokens(op, "grad_tokens", out, args.plan, packed);
   roi_align_backward_kernel()(args);
   return out;

@@ -13,7 +13,8 @@
 
 namespace granvit::cpu::GRANVIT_ISA {
 
-// The band of A along one axis: output cell p reads grid lines first[p] .. first[p] + taps - 1 with weight[p * taps + i].
+// The band of A along one axis: output cell p reads grid lines first[p] .. first[p] + taps - 1 with weight[p * taps +
+// i].
 template <typename A>
 struct Band {
   int cells;
@@ -98,7 +99,8 @@ GRANVIT_INLINE void with_taps(int taps, Body&& body) {
   }
 }
 
-// A block of channels [begin, begin + size). In scratch a token takes `padded` accumulators: size, rounded up to whole vectors.
+// A block of channels [begin, begin + size). In scratch a token takes `padded` accumulators: size, rounded up to whole
+// vectors.
 struct ChannelBlock {
   int64_t begin;
   int size;
@@ -112,13 +114,12 @@ GRANVIT_INLINE ChannelBlock channel_block(int64_t index, int64_t width, int64_t 
   return {begin, size, (size + kLanes<A> - 1) / kLanes<A> * kLanes<A>};
 }
 
-// Width of the channel blocks such that the gradient of one image's block stays in the second-level cache. Depends on the
-// shapes alone, never on the number of threads.
+// Width of the channel blocks such that the gradient of one image's block stays in the second-level cache. Depends on
+// the shapes alone, never on the number of threads.
 template <typename A>
 int64_t block_width(const RegionPlan& plan) {
   int64_t tokens = 1;
-  for (int64_t b = 0; b < plan.num_images; ++b)
-    tokens = std::max(tokens, plan.images[b].height * plan.images[b].width);
+  for (int64_t b = 0; b < plan.num_images; ++b) tokens = std::max(tokens, plan.images[b].height * plan.images[b].width);
   const int64_t fitting = (512 * 1024) / (tokens * static_cast<int64_t>(sizeof(A)));
   return std::clamp<int64_t>(fitting / 32 * 32, 32, 256);
 }
@@ -157,7 +158,8 @@ template <typename A, int kTaps>
 GRANVIT_INLINE Vec<A> mix_columns(const A* blended_cell, const A* weight, int taps, int padded, int64_t c) {
   const int count = kTaps != 0 ? kTaps : taps;
   Vec<A> sum = splat<A>(weight[0]) * load(blended_cell + c);
-  for (int i = 1; i < count; ++i) sum += splat<A>(weight[i]) * load(blended_cell + static_cast<int64_t>(i) * padded + c);
+  for (int i = 1; i < count; ++i)
+    sum += splat<A>(weight[i]) * load(blended_cell + static_cast<int64_t>(i) * padded + c);
   return sum;
 }
 
@@ -181,7 +183,8 @@ void spread_rows(const A* blended, const Band<A>& band_y, const Band<A>& band_x,
     if (weight[i] == A(0)) continue;
     const Vec<A> factor = splat<A>(weight[i] * scale);
     A* to = grad_tokens + ((band_y.first[p] + i) * image.width + band_x.begin) * block.padded;
-    for (int64_t c = 0; c < columns * block.padded; c += kLanes<A>) store(to + c, load(to + c) + factor * load(blended + c));
+    for (int64_t c = 0; c < columns * block.padded; c += kLanes<A>)
+      store(to + c, load(to + c) + factor * load(blended + c));
   }
 }
 

@@ -1,4 +1,5 @@
-// A vector of 64 bytes in the accumulation type, on GCC/Clang vector extensions: one zmm, two ymm or four xmm/NEON registers.
+// A vector of 64 bytes in the accumulation type, on GCC/Clang vector extensions: one zmm, two ymm or four xmm/NEON
+// registers.
 #pragma once
 
 #include <cstdint>
