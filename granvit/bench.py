@@ -65,7 +65,8 @@ def run(
     Raises:
         UserError: the suites are not there, a package is missing, or nothing was selected.
     """
-    console = console or Console()
+    # Piped output has no width of its own, and the tables need more than the 80 columns that rich would assume.
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     suites = require()
     options = ["--suite", suite, *(f"--dtype={dtype}" for dtype in dtypes)]
     options += ["--device", device] if device else []

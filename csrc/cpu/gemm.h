@@ -188,12 +188,6 @@ GRANVIT_INLINE void panel_tile(const Unit<T>* a, int64_t row_stride, int64_t ste
   using A = acc_t<T>;
   constexpr int kLane = kRegisterLanes<A>, kWide = kPanel<T> / kLane;
   Register<A> sum[kRows][kWide] = {};
-  if (!fresh) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < kWide; ++v) sum[i][v] = load_register(tile + i * kPanel<T> + v * kLane);
-  }
   for (int64_t k = 0; k < steps; ++k) {
     prefetch(k);
     typename U::Operand b[kWide];
@@ -206,10 +200,16 @@ GRANVIT_INLINE void panel_tile(const Unit<T>* a, int64_t row_stride, int64_t ste
       for (int v = 0; v < kWide; ++v) sum[i][v] = U::multiply_add(sum[i][v], x, b[v]);
     }
   }
+  // A block's sum is added to the others at the end: one chain of additions over all steps would round several times
+  // as much as the blocked sums of other libraries do.
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kWide; ++v) std::memcpy(tile + i * kPanel<T> + v * kLane, &sum[i][v], sizeof sum[i][v]);
+    for (int v = 0; v < kWide; ++v) {
+      acc_t<T>* to = tile + i * kPanel<T> + v * kLane;
+      if (!fresh) sum[i][v] += load_register(to);
+      std::memcpy(to, &sum[i][v], sizeof sum[i][v]);
+    }
 }
 
 // What a task of `multiply_panels` covers.

@@ -329,6 +329,7 @@ std::tuple<Tensor, Tensor> region_distill_forward(const Tensor& student, const T
     const bool half = student.scalar_type() == ScalarType::Half;
     grad = torch::stable::new_empty(student, sizes, half ? ScalarType::Float : student.scalar_type());
     in.args.share = share.data();
+    advise_huge_pages(grad);
     in.args.grad = grad.mutable_data_ptr();
     if (half) in.args.grad_dtype = DType::kFloat32;
   }
@@ -365,6 +366,7 @@ Tensor region_distill_backward(const Tensor& grad_loss, const Tensor& student, c
     share[r] = wide ? grad_loss.const_data_ptr<double>()[r * grad_loss.stride(0)]
                     : static_cast<double>(grad_loss.const_data_ptr<float>()[r * grad_loss.stride(0)]);
   Tensor grad = torch::stable::new_empty(student, student.sizes());
+  advise_huge_pages(grad);
   in.args.share = share.data();
   in.args.grad = grad.mutable_data_ptr();
   region_distill_kernel()(in.args);

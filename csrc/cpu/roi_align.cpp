@@ -132,6 +132,7 @@ Tensor roi_align(const Tensor& tokens, const Tensor& boxes, const Tensor& image_
   Tensor out = output_sizes
                    ? torch::stable::new_empty(tokens, {args.plan.num_cells, channels})
                    : torch::stable::new_empty(tokens, {args.plan.num_regions, output_height * output_width, channels});
+  advise_huge_pages(out);
   args.cells = out.mutable_data_ptr();
   roi_align_forward_kernel()(args);
   return out;
@@ -155,6 +156,7 @@ Tensor roi_align_backward(const Tensor& grad, const Tensor& boxes, const Tensor&
                       : torch::stable::new_empty(cells, {num_images, grid_height * grid_width, channels});
   RoiAlignArgs args{
       host.plan(), {}, const_cast<void*>(cells.const_data_ptr()), channels, static_cast<int>(sampling_ratio)};
+  advise_huge_pages(out);
   args.tokens = view_tokens(op, "grad_tokens", out, args.plan, packed);
   roi_align_backward_kernel()(args);
   return out;
