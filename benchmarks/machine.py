@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import granvit
+from granvit import _memory
 
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of others: taken before anything runs
 
@@ -68,8 +67,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 class PeakMemory:
     """The most memory that a call holds beyond what was held before it.
 
-    On a GPU the caching allocator counts. On the CPU it is the peak resident set as Linux counts it, so scratch memory
-    that a kernel allocates behind PyTorch's back counts like any tensor.
+    On a GPU the caching allocator counts; on the CPU :func:`granvit._memory.peak_growth`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,9 +75,7 @@ class PeakMemory:
 
     def unavailable(self) -> str | None:
         """Why it cannot be measured here, or None."""
-        if self.device.type == "cuda" or Path("/proc/self/clear_refs").exists():
-            return None
-        return "peak memory is read from /proc, which this system does not have"
+        return None if self.device.type == "cuda" else _memory.unavailable()
 
     def of(self, function: Callable[[], Any]) -> int:
         """Bytes, its results included."""
@@ -90,16 +86,4 @@ class PeakMemory:
             function()
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
-        # Pages that the C library kept from earlier calls would be reused and so not be seen.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        before = _status("VmRSS")
-        function()
-        return max(0, _status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+        return _memory.peak_growth(function)

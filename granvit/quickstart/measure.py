@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import statistics
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from granvit import _memory
 from granvit.errors import UserError
 
 
@@ -46,37 +46,11 @@ def median_times(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 
 def peak_memory(way: Callable[[], object], repeats: int = 3) -> float | None:
-    """MiB by which the process grows at its peak while `way` runs; None where the system cannot tell (not Linux).
-
-    The kernel's own high-water mark of resident memory sees everything: tensors, and the working memory that kernels,
-    ours included, take without torch's allocator. torch's profiler sees tensors alone. Freed heap memory is handed back
-    to the system first, or its reuse would hide what is needed. Good to about a MiB.
-    """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
+    """MiB by which the process grows at its peak while `way` runs, the median of several runs; None off Linux."""
+    if _memory.unavailable() is not None:
         return None
     way()
-    grown = []
-    for _ in range(repeats):
-        trim(0)
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the high-water mark restarts from what is resident now
-        except OSError:
-            return None
-        before = _resident("VmRSS")
-        way()
-        grown.append(_resident("VmHWM") - before)
-    return statistics.median(grown)
-
-
-def _resident(field: str) -> float:
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field):
-                return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    return statistics.median(_memory.peak_growth(way) for _ in range(repeats)) / 2**20
 
 
 def describe_cpu() -> str:
