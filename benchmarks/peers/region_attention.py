@@ -88,7 +88,7 @@ def gather_loop(
     return torch.cat(out).transpose(1, 2)
 
 
-def _varlen(kernel: Callable[..., Any], query, key, value, boxes, image_index, grid_size):  # type: ignore[no-untyped-def]
+def _varlen(kernel: Callable[..., Any], query, key, value, boxes, image_index, grid_size):
     """The covered tokens of every region through a variable-length kernel.
 
     Such kernels take no mask of real numbers: log coverage rides in extra channels, 1 / scale on the query's side.
@@ -106,19 +106,19 @@ def _varlen(kernel: Callable[..., Any], query, key, value, boxes, image_index, g
     return out[..., :dim].unflatten(0, (regions, count))
 
 
-def _flash_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):  # type: ignore[no-untyped-def]
+def _flash_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale=scale)
 
 
-def _torch_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):  # type: ignore[no-untyped-def]
+def _torch_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale=scale)
 
 
-def _xformers(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):  # type: ignore[no-untyped-def]
+def _xformers(q, k, v, starts_q, starts_k, longest_q, longest_k, scale):
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -163,11 +163,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, image_index: 
     rows = axis_cover(y0 * grid_size[0], y1 * grid_size[0], grid_size[0]).log().contiguous()
     columns = axis_cover(x0 * width, x1 * width, width).log().contiguous()
 
-    def score(s, b, h, i, j):  # type: ignore[no-untyped-def]
+    def score(s, b, h, i, j):
         region = b * per_image + i // count
         return s + rows[region, j // width] + columns[region, j % width]
 
-    def seen(b, h, i, j):  # type: ignore[no-untyped-def]
+    def seen(b, h, i, j):
         region = b * per_image + i // count
         return (rows[region, j // width] > -torch.inf) & (columns[region, j % width] > -torch.inf)
 

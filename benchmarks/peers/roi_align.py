@@ -93,7 +93,7 @@ ROI_ALIGN = (
 )
 
 
-def with_loss(align, student, teacher, boxes, image_index, grid_size, output_size):  # type: ignore[no-untyped-def]
+def with_loss(align, student, teacher, boxes, image_index, grid_size, output_size):
     """Mean squared error against the teacher."""
     return (teacher - align(student, boxes, image_index, grid_size, output_size)).square().mean()
 

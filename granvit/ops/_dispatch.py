@@ -133,9 +133,7 @@ def refuse_vmap(op: str) -> None:
     """Makes ``torch.func.vmap`` over ``granvit::<op>`` one clear error."""
 
     def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"{op}: torch.func.vmap is not supported; pass the regions of all images in one call, with image_index"
-        )
+        raise RuntimeError(f"{op}: torch.func.vmap is not supported; the op takes the boxes of all images in one call")
 
     torch.library.register_vmap(f"granvit::{op}", rule)
 
