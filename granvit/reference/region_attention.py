@@ -45,16 +45,17 @@ def region_attention(
     """See :func:`granvit.ops.region_attention`. Cell j has weight proportional to ``c_j * exp(scale * q . k_j)``."""
     compute = accumulation_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    keys = per_image_maps(key, grid_size)
-    values = per_image_maps(value, grid_size)
+    # Widened once, so that the gradients of all regions meet in the wide dtype.
+    keys = per_image_maps(key.to(compute), grid_size)
+    values = per_image_maps(value.to(compute), grid_size)
     boxes = boxes.detach().to(geometry_dtype(boxes.device))
     outputs = []
     for q, box, image in zip(query, boxes, image_index.tolist(), strict=True):
         height, width = keys[image].shape[:2]
         cells = cell_weights(box, height, width)
         covered = cells > 0
-        k = keys[image][covered].to(compute)  # [N, heads, dim]
-        v = values[image][covered].to(compute)
+        k = keys[image][covered]  # [N, heads, dim]
+        v = values[image][covered]
         log_cover = cells[covered].log().to(compute)  # [N]
         scores = scale * torch.einsum("qhd,nhd->hqn", q.to(compute), k) + log_cover
         outputs.append(torch.einsum("hqn,nhd->qhd", scores.softmax(-1), v).to(query.dtype))

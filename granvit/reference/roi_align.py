@@ -59,7 +59,8 @@ def roi_align(
 ) -> Tensor:
     """See :func:`granvit.ops.roi_align`. Per region: ``out = A_y X A_x^T``."""
     compute = accumulation_dtype(tokens.dtype)
-    maps = per_image_maps(tokens, grid_size)
+    # Widened once, so that the gradients of all regions meet in the wide dtype.
+    maps = per_image_maps(tokens.to(compute), grid_size)
     grids = per_region_grids(output_size, boxes.shape[0])
     edges = boxes.detach().to(geometry_dtype(boxes.device))
     regions = []
@@ -68,7 +69,7 @@ def roi_align(
         height, width = x.shape[:2]
         a_y = sampling_weights(box[1] * height, box[3] * height, h, height, sampling_ratio).to(compute)
         a_x = sampling_weights(box[0] * width, box[2] * width, w, width, sampling_ratio).to(compute)
-        aligned = torch.einsum("py,yxc,qx->pqc", a_y, x.to(compute), a_x)
+        aligned = torch.einsum("py,yxc,qx->pqc", a_y, x, a_x)
         regions.append(aligned.flatten(0, 1).to(tokens.dtype))  # [h*w, C]
     if isinstance(output_size, Tensor):
         return torch.cat(regions) if regions else tokens.new_zeros(0, tokens.shape[-1]) + 0 * tokens.sum()
