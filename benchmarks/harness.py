@@ -139,7 +139,7 @@ class Group:
             return call()
         try:
             return call()
-        except (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError) as error:
+        except RuntimeError as error:  # also what lacks a kernel, and what does not compile
             first = str(error).strip().splitlines() or [""]
             raise SkippedProviderError(f"{type(error).__name__}: {first[0][:200]}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -79,31 +80,40 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(exponent) * info.eps
 
 
-def assert_within_budget(ours: Tensor, stock: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """Our error is at most twice the error of stock PyTorch in the same dtype, plus one ulp.
+# What is compared, the result under test, that of stock PyTorch on the same inputs, that of the float64 reference.
+Comparison = tuple[str, Tensor, Tensor, Tensor]
+
+
+def assert_within_budget(draw: Callable[[], Iterable[Comparison]], draws: int = 8, float64: float = 1e-13) -> None:
+    """Our largest error is at most twice the largest error of stock PyTorch, beyond one ulp, on average over draws.
+
+    One draw cannot judge, because the largest of a few rounding errors is a lottery: stock attention with its channels
+    permuted, the same mathematics, exceeds twice the error of stock attention in one draw out of twenty.
 
     Args:
-        ours: result of the implementation under test.
-        stock: result of stock PyTorch operations on the same inputs in the same dtype.
-        exact: result of the float64 reference.
-        dtype: the dtype that both computed in.
-        what: what is compared, for the message.
+        draw: makes fresh inputs and returns the comparisons. The dtype of stock's result is the one that counts; in
+            float64 there is no wider oracle, and the reference rounds as much.
+        draws: how often.
+        float64: how near float64 results have to be, relative to each and to the largest number.
     """
-    assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
-    exact = exact.double()
-    error = (ours.double() - exact).abs()
-    assert not error.isnan().any(), f"{what}: {int(error.isnan().sum())} values are NaN"
-    if not error.numel():
-        return
-    if dtype == torch.float64:  # no wider oracle: the reference rounds as much as what is tested
-        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-11 * float(exact.abs().max()), msg=what)
-        return
-    allowed = 2 * (stock.double() - exact).abs().max() + ulp(exact, dtype)
-    worst = (error - allowed).argmax()
-    assert (error <= allowed).all(), (
-        f"{what}: error {error.flatten()[worst]:.3e} at {exact.flatten()[worst]:.6g}, allowed "
-        f"{allowed.flatten()[worst]:.3e} ({dtype})"
-    )
+    beyond: dict[str, list[float]] = {}  # per comparison: our largest error beyond an ulp, of every draw
+    allowed: dict[str, list[float]] = {}
+    for _ in range(draws):
+        for what, *results in draw():
+            ours, stock, exact = (t.detach() for t in results)
+            assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
+            if stock.dtype == torch.float64:
+                atol = float64 * float(exact.abs().max()) if exact.numel() else 0.0
+                torch.testing.assert_close(ours, exact, rtol=float64, atol=atol, msg=lambda text: f"{what}: {text}")  # noqa: B023
+                continue
+            error = (ours.double() - exact.double()).abs()
+            stock_error = (stock.double() - exact.double()).abs()
+            assert not error.isnan().any(), f"{what}: {int(error.isnan().sum())} values are NaN"
+            if error.numel():
+                beyond.setdefault(what, []).append(float((error - ulp(exact, stock.dtype)).amax().clamp(min=0)))
+                allowed.setdefault(what, []).append(2 * float(stock_error.amax()))
+    for what, errors in beyond.items():
+        assert sum(errors) <= sum(allowed[what]), f"{what}: errors of {errors} beyond an ulp, allowed {allowed[what]}"
 
 
 def run_at_isa(isa: str, file: str, selection: str) -> None:

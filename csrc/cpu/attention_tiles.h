@@ -195,9 +195,9 @@ void spread_tile(const A* weight, int64_t stride, const A* query, int64_t padded
       Vec<A> y[kQueries];
       for (int q = 0; q < kQueries; ++q) y[q] = load(query + q * padded + c);
       for (int j = 0; j < kTokens; ++j) {
-        Vec<A> x = load(row[j] + c);
-        for (int q = 0; q < kQueries; ++q) x += y[q] * w[q * kTokens + j];
-        store(row[j] + c, x);
+        Vec<A> sum = y[0] * w[j];
+        for (int q = 1; q < kQueries; ++q) sum += y[q] * w[q * kTokens + j];
+        store(row[j] + c, load(row[j] + c) + sum);
       }
     }
   }
@@ -239,11 +239,13 @@ A softmax_weights(A* score, A scale, const A* bias, int64_t count, A* maximum) {
 // score[j] becomes the weight's share of the gradient of the score, weight * (grad_weight - delta), and grad_weight[j]
 // the weight, exp(scale * score + bias - lse); both 0 from `count` on.
 template <typename A>
-void softmax_gradient(A* score, A* grad_weight, A scale, const A* bias, int64_t count, A lse, A delta) {
+void softmax_gradient(A* score, A* grad_weight, A scale, const A* bias, int64_t count, double lse, A delta) {
+  // In two parts: one would carry the rounding of lse, a relative error of half an ulp of lse, into every weight.
+  const A coarse = static_cast<A>(lse), fine = static_cast<A>(lse - coarse);
   for (int64_t j = 0; j < count; j += kLanes<A>) {
-    // Rounded as in the forward before lse is taken away: there lse carries the same rounding, and they cancel.
+    // Rounded as in the forward before lse is taken away: lse holds the sum over scores rounded like this.
     const Vec<A> biased = load(score + j) * scale + load(bias + j);
-    const Vec<A> w = exp(biased - lse);
+    const Vec<A> w = exp((biased - coarse) - fine);
     store(score + j, w * (load(grad_weight + j) - delta));
     store(grad_weight + j, w);
   }

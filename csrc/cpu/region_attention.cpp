@@ -22,7 +22,7 @@ struct RegionAttentionArgs {
   int64_t query_region_stride;
   int64_t query_stride;
   void* output;  // (R, Q, heads, dim) contiguous; backward: read
-  void* lse;     // (R, heads, Q) in the accumulation type; backward: read
+  double* lse;   // (R, heads, Q) log-sum-exp of the scores; backward: read
   // Backward only. Gradients that are not wanted are null.
   const void* grad;  // (R, Q, heads, dim) contiguous
   void* grad_query;
@@ -98,8 +98,8 @@ void forward(const RegionAttentionArgs& a) {
       for_each_row([&](int64_t h, int64_t q, int64_t row) {
         A maximum;
         total[row] = softmax_weights(weight + row * stride, static_cast<A>(a.scale), cells.bias, cells.count, &maximum);
-        A* lse = static_cast<A*>(a.lse) + (r * a.heads + first_head + h) * a.queries + q0 + q;
-        *lse = maximum + std::log(total[row]);
+        a.lse[(r * a.heads + first_head + h) * a.queries + q0 + q] =
+            static_cast<double>(maximum) + std::log(static_cast<double>(total[row]));
       });
       std::fill(out, out + heads * block * padded, A(0));
       for_each_tile(cells.values, [&](int64_t j, int64_t count, int64_t offset, int64_t row, auto tile) {
@@ -127,7 +127,7 @@ struct Queries {
   A* query;       // rows (region, query) of `padded`
   A* grad;        // likewise: of the output
   A* grad_query;  // likewise: collects, not scaled yet
-  A* lse;
+  double* lse;
   A* delta;  // grad . output, which the softmax's gradient subtracts
 
   Queries(const RegionAttentionArgs& a, ImageRegions group, int64_t head, int64_t padded, Scratch& scratch) {
@@ -135,7 +135,7 @@ struct Queries {
     query = take_zeros<A>(scratch, rows * padded);
     grad = take_zeros<A>(scratch, rows * padded);
     grad_query = take_zeros<A>(scratch, rows * padded);
-    lse = scratch.take<A>(rows);
+    lse = scratch.take<double>(rows);
     delta = scratch.take<A>(rows);
     A* output = take_zeros<A>(scratch, padded);
     for (int64_t row = 0; row < rows; ++row) {
@@ -148,7 +148,7 @@ struct Queries {
       Vec<A> sum{};
       for (int64_t c = 0; c < padded; c += kLanes<A>) sum += load(output + c) * load(grad + row * padded + c);
       delta[row] = sum_lanes<A>(sum);
-      lse[row] = static_cast<const A*>(a.lse)[(r * a.heads + head) * a.queries + q];
+      lse[row] = a.lse[(r * a.heads + head) * a.queries + q];
     }
   }
 
@@ -304,10 +304,9 @@ std::tuple<Tensor, Tensor> region_attention(const Tensor& query, const Tensor& k
   const HostPlan host(op, {boxes, image_index, grid_sizes, grid_height, grid_width, std::nullopt, 1, 1}, key.size(0));
   RegionAttentionArgs args = make_args(op, host, query, key, value, grid_sizes.has_value(), scale);
   Tensor output = torch::stable::new_empty(query, {query.size(0), args.queries, args.heads, args.dim});
-  Tensor lse = torch::stable::new_empty(query, {query.size(0), args.heads, args.queries},
-                                        args.key.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(query, {query.size(0), args.heads, args.queries}, ScalarType::Double);
   args.output = output.mutable_data_ptr();
-  args.lse = lse.mutable_data_ptr();
+  args.lse = static_cast<double*>(lse.mutable_data_ptr());
   region_attention_forward_kernel()(args);
   return {output, lse};
 }
@@ -325,12 +324,11 @@ std::tuple<Tensor, Tensor, Tensor> region_attention_backward(
   for (const Tensor* t : {&grad_rows, &output_rows})
     expect(t->numel() == query.numel() && t->scalar_type() == query.scalar_type(), op, ": ",
            t == &grad_rows ? "grad" : "output", ": expected shape and dtype of query");
-  const ScalarType wide = args.key.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  expect(lse_rows.numel() == query.size(0) * args.heads * args.queries && lse_rows.scalar_type() == wide, op,
-         ": lse: expected shape (R, heads, Q) in the accumulation dtype");
+  expect(lse_rows.numel() == query.size(0) * args.heads * args.queries && lse_rows.scalar_type() == ScalarType::Double,
+         op, ": lse: expected a float64 tensor of shape (R, heads, Q)");
   args.grad = grad_rows.const_data_ptr();
   args.output = const_cast<void*>(output_rows.const_data_ptr());
-  args.lse = const_cast<void*>(lse_rows.const_data_ptr());
+  args.lse = static_cast<double*>(const_cast<void*>(lse_rows.const_data_ptr()));
   Tensor grad_query, grad_key, grad_value;
   if (for_query) {
     grad_query = torch::stable::new_empty(query, {query.size(0), args.queries, args.heads, args.dim});

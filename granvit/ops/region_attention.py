@@ -149,8 +149,7 @@ if hasattr(torch.ops.granvit, "region_attention"):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         regions, queries, heads, _ = query.shape
-        accumulation = torch.promote_types(query.dtype, torch.float32)
-        return query.new_empty(query.shape), query.new_empty((regions, heads, queries), dtype=accumulation)
+        return query.new_empty(query.shape), query.new_empty((regions, heads, queries), dtype=torch.float64)
 
     @torch.library.register_fake("granvit::region_attention_backward")
     def _fake_backward(

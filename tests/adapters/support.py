@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from granvit.adapters._base import BaseRegionEncoder
-from tests.support import assert_within_budget, random_boxes
+from tests.support import Comparison, assert_within_budget, random_boxes
 
 FULL = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 LEAK = 1e4  # what class and register tokens hold in a transparent model
@@ -77,12 +77,11 @@ def assert_head_equal(
     make_encoder: Callable[[nn.Module], BaseRegionEncoder],
     model: nn.Module,
     head: Callable[[nn.Module, Tensor], Tensor],
-    images: Tensor,
+    draw_images: Callable[[], Tensor],
 ) -> None:
     """region_pool is `head` on the covered tokens: of the whole image, and of a box that ends on cell borders.
 
     Grids have to be powers of two: then edges of boxes are exact, and rounding covers no bit of a neighbouring cell.
-    Several images, so that the largest error of the stock head is an estimate worth its name.
     """
     with torch.no_grad():
         for p in model.parameters():  # random weights everywhere, so that nothing is hidden behind zeros and ones
@@ -90,15 +89,21 @@ def assert_head_equal(
     model.eval()
     exact_model = copy.deepcopy(model).double()
     encoder, exact_encoder = make_encoder(model), make_encoder(exact_model)
-    tokens, (height, width) = encoder.tokens(images)
-    part = torch.tensor([[1 / width, 1 / height, 3 / width, 1.0]])
-    index = torch.arange(len(images))
-    for box, rows, columns in ((FULL, slice(None), slice(None)), (part, slice(1, None), slice(1, 3))):
-        boxes = box.repeat(len(images), 1)
-        covered = tokens.unflatten(1, (height, width))[:, rows, columns].flatten(1, 2)
-        stock = head(model, covered)
-        exact = head(exact_model, covered.double())
-        ours = encoder.region_pool(images, boxes, index, tokens=tokens)
-        assert_within_budget(ours, stock, exact, torch.float32)
-        ours = exact_encoder.region_pool(images.double(), boxes.double(), index, tokens=tokens.double())
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+    def draw() -> Iterator[Comparison]:
+        images = draw_images()
+        tokens, (height, width) = encoder.tokens(images)
+        part = torch.tensor([[1 / width, 1 / height, 3 / width, 1.0]])
+        index = torch.arange(len(images))
+        for name, box, rows, columns in (
+            ("whole", FULL, slice(None), slice(None)),
+            ("part", part, slice(1, None), slice(1, 3)),
+        ):
+            boxes = box.repeat(len(images), 1)
+            covered = tokens.unflatten(1, (height, width))[:, rows, columns].flatten(1, 2)
+            exact = head(exact_model, covered.double())
+            yield name, encoder.region_pool(images, boxes, index, tokens=tokens), head(model, covered), exact
+            ours = exact_encoder.region_pool(images.double(), boxes.double(), index, tokens=tokens.double())
+            torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+    assert_within_budget(draw)

@@ -75,7 +75,7 @@ def test_region_pool_is_siglips_own_head():
     def head(model: nn.Module, patches: torch.Tensor) -> torch.Tensor:
         return model.head(patches)
 
-    assert_head_equal(RegionEncoder, small("siglip"), head, torch.randn(8, 3, 64, 64))
+    assert_head_equal(RegionEncoder, small("siglip"), head, lambda: torch.randn(8, 3, 64, 64))
 
 
 def test_the_box_of_the_image_is_what_siglip_returns():

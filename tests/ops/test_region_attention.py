@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from granvit import reference
 from granvit.ops import _dispatch, region_attention
 from granvit.reference._regions import geometry_dtype
 from granvit.reference.region_attention import cell_weights
-from tests.support import DTYPES, Case, assert_within_budget, awkward_boxes, dense_case, packed_case
+from tests.support import DTYPES, Case, Comparison, assert_within_budget, awkward_boxes, dense_case, packed_case
 
 DEVICE_TYPES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 KERNELS = [
@@ -83,38 +83,42 @@ def with_gradients(f: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], g
     return [output.detach(), *torch.autograd.grad(output, tensors, grad)]
 
 
-def compare(names: tuple[str, ...], ours: list[Tensor], stock: list[Tensor], exact: list[Tensor]) -> None:
-    for name, a, b, c in zip(names, ours, stock, exact, strict=True):
-        assert a.dtype == b.dtype
-        if a.dtype == torch.float64:
-            # The reference is no more exact than the op here, so the budget cannot judge: a few hundred roundings.
-            atol = 1e-13 * float(c.abs().amax()) if c.numel() else 0.0
-            torch.testing.assert_close(a.cpu(), c, rtol=1e-13, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-        else:
-            assert_within_budget(a.cpu(), b, c, a.dtype, name)
+Views = Callable[[list[Tensor]], list[Tensor]]
+NAMES = ("output", "grad query", "grad key", "grad value")
 
 
-def three_ways(case: Case, tensors: list[Tensor], impl: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Output and gradients of the op, of stock PyTorch in the same dtype, and of the reference in float64."""
-    grad = torch.randn_like(tensors[0])
-    ours = with_gradients(lambda t: run(case, t, impl), tensors, grad)
-    exact_inputs = [t.detach().cpu().double().requires_grad_() for t in tensors]
-    exact = with_gradients(lambda t: run(case, t, "reference"), exact_inputs, grad.cpu().double())
-    stock_inputs = [t.detach().cpu().requires_grad_() for t in tensors]
-    plain = with_gradients(lambda t: stock(case, t), stock_inputs, grad.cpu())
-    return ours, plain, exact
+def three_ways(
+    case: Case, tensors: list[Tensor], impl: str, views: Views = lambda t: t, names: Sequence[str] = NAMES
+) -> list[Comparison]:
+    """Output and gradients of the op, of stock PyTorch in the same dtype, and of the reference in float64.
+
+    `views` makes query, key and value of `tensors`, whose gradients are compared.
+    """
+    grad = torch.randn_like(views(tensors)[0])
+    ours = with_gradients(lambda t: run(case, views(t), impl), tensors, grad)
+    wide = [t.detach().cpu().double().requires_grad_() for t in tensors]
+    exact = with_gradients(lambda t: run(case, views(t), "reference"), wide, grad.cpu().double())
+    same = [t.detach().cpu().requires_grad_() for t in tensors]
+    plain = with_gradients(lambda t: stock(case, views(t)), same, grad.cpu())
+    assert [t.dtype for t in ours] == [t.dtype for t in plain]
+    return list(zip(names, (t.cpu() for t in ours), plain, exact, strict=True))
 
 
-def check(case: Case, tensors: list[Tensor], impl: str) -> None:
-    compare(("output", "grad query", "grad key", "grad value"), *three_ways(case, tensors, impl))
+def check(
+    make_case: Callable[[], Case], queries: int, heads: int, dim: int, dtype: torch.dtype, device: str, impl: str
+) -> None:
+    def draw() -> list[Comparison]:
+        case = make_case()
+        return three_ways(case, inputs(case, queries, heads, dim, dtype, device), impl)
+
+    assert_within_budget(draw)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
 def test_matches_reference(poisoned: None, device: str, impl: str, dtype: torch.dtype, case: str) -> None:
-    drawn = CASES[case]()
-    check(drawn, inputs(drawn, 3, 2, 24, dtype, device), impl)
+    check(CASES[case], 3, 2, 24, dtype, device, impl)
 
 
 @pytest.mark.parametrize("queries", [1, 4, 16, 17])
@@ -124,30 +128,27 @@ def test_matches_reference(poisoned: None, device: str, impl: str, dtype: torch.
 def test_head_dims_and_queries(
     poisoned: None, device: str, impl: str, dtype: torch.dtype, dim: int, queries: int
 ) -> None:
-    case = dense_case(6, 11, images=2, regions=10)
-    check(case, inputs(case, queries, 3, dim, dtype, device), impl)
+    check(lambda: dense_case(6, 11, images=2, regions=10), queries, 3, dim, dtype, device, impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
 def test_views_are_read_in_place(poisoned: None, device: str, impl: str, dtype: torch.dtype) -> None:
     """A fused projection of tokens behind a class token, and a probe expanded over the regions."""
-    case = dense_case(5, 8)
     heads, dim = 4, 24
-    fused = torch.randn(case.num_images, 1 + 40, 3, heads, dim, device=device).to(dtype).requires_grad_()
-    probe = torch.randn(1, 2, heads, dim, device=device).to(dtype).requires_grad_()
 
-    def views(fused: Tensor, probe: Tensor) -> list[Tensor]:
-        _, key, value = fused[:, 1:].unbind(2)
-        return [probe.expand(len(case.boxes), -1, -1, -1), key, value]
+    def draw() -> list[Comparison]:
+        case = dense_case(5, 8)
+        fused = torch.randn(case.num_images, 1 + 40, 3, heads, dim, device=device).to(dtype).requires_grad_()
+        probe = torch.randn(1, 2, heads, dim, device=device).to(dtype).requires_grad_()
 
-    grad = torch.randn(len(case.boxes), 2, heads, dim, device=device).to(dtype)
-    ours = with_gradients(lambda t: run(case, views(*t), impl), [fused, probe], grad)
-    wide = [t.detach().cpu().double().requires_grad_() for t in (fused, probe)]
-    exact = with_gradients(lambda t: run(case, views(*t), "reference"), wide, grad.cpu().double())
-    same = [t.detach().cpu().requires_grad_() for t in (fused, probe)]
-    plain = with_gradients(lambda t: stock(case, views(*t)), same, grad.cpu())
-    compare(("output", "grad fused", "grad probe"), ours, plain, exact)
+        def views(tensors: list[Tensor]) -> list[Tensor]:
+            _, key, value = tensors[0][:, 1:].unbind(2)
+            return [tensors[1].expand(len(case.boxes), -1, -1, -1), key, value]
+
+        return three_ways(case, [fused, probe], impl, views, ("output", "grad fused", "grad probe"))
+
+    assert_within_budget(draw)
 
 
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
@@ -214,14 +215,15 @@ def test_scores_of_any_size(device: str, impl: str, dtype: torch.dtype, magnitud
     with torch.no_grad():
         tensors[0] *= magnitude
     query, key, value = (t.detach().cpu().double() for t in tensors)
-    ours, _, exact = three_ways(case, tensors, impl)
-    assert all(t.isfinite().all() for t in ours)
+    ours, exact = {}, {}
+    for name, ours[name], _, exact[name] in three_ways(case, tensors, impl):
+        assert ours[name].isfinite().all(), name
     score = 24**-0.5 * query.norm(dim=-1).amax() * key.norm(dim=-1).amax() + 30  # 30: log of the smallest coverage
     weight_error = torch.expm1(2 * 2 * torch.finfo(torch.float32).eps * score)
     rounding = torch.finfo(dtype).eps
-    assert ((ours[0].cpu() - exact[0]).abs() <= (weight_error + rounding) * value.abs().amax()).all()
+    assert ((ours["output"] - exact["output"]).abs() <= (weight_error + rounding) * value.abs().amax()).all()
     # A value collects one weight from every query, each times a gradient of about 1 (5 at most in these many draws).
-    assert ((ours[3].cpu() - exact[3]).abs() <= (weight_error + rounding) * 5 * 80).all()
+    assert ((ours["grad value"] - exact["grad value"]).abs() <= (weight_error + rounding) * 5 * 80).all()
 
 
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
@@ -466,14 +468,14 @@ def test_order_of_regions_does_not_matter_to_their_output() -> None:
 ISA_SCRIPT = """
 import torch
 from granvit import EXTENSION
-from tests.ops.test_region_attention import check, inputs
+from tests.ops.test_region_attention import check
 from tests.support import DTYPES, dense_case, packed_case
 torch.manual_seed(3)
 assert EXTENSION.core.cpu_isa() == "{level}"
-for case in (dense_case(7, 19, images=2), packed_case()):
+for make_case in (lambda: dense_case(7, 19, images=2), packed_case):
     for dtype in DTYPES:
         for queries, dim in ((1, 72), (2, 24), (7, 64), (17, 8)):
-            check(case, inputs(case, queries, 3, dim, dtype), "cpu")
+            check(make_case, queries, 3, dim, dtype, "cpu", "cpu")
 print("passed")
 """
 
