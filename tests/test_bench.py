@@ -333,7 +333,11 @@ def test_a_wrong_suite_or_device_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupting_keeps_what_had_finished(tmp_path: Path) -> None:
-    code = f"import sys; from granvit import bench; sys.exit(bench.run('smoke', output={str(tmp_path)!r}))"
+    code = (
+        # A shell starts background jobs with SIGINT ignored, and what the tests run in may be one.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from granvit import bench; sys.exit(bench.run('smoke', output={str(tmp_path)!r}))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(bench.ROOT), "PYTHONUNBUFFERED": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

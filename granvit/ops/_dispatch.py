@@ -1,7 +1,13 @@
-"""Which implementation of an op runs, and why another cannot."""
+"""Which implementation of an op runs, why another cannot, and how the ops become known to PyTorch.
+
+Compiled kernels (CPU and CUDA) stand behind ``torch.ops.granvit``, whose schemas are in C++. Their Triton twins need no
+compiler, so they stand behind ops of the same names and signatures in ``torch.ops.granvit_triton``.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -23,6 +29,8 @@ _VALUE_ERROR = "granvit value error: "  # csrc/cpu/host.h
 # Read once: reading the environment inside a compiled graph would not be traced.
 DEFAULT_IMPL = os.environ.get("GRANVIT_IMPL") or None
 CHECK_VALUES = os.environ.get("GRANVIT_CHECK") == "1"
+# Triton's interpreter runs kernels on CPU tensors, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,7 +53,7 @@ def _why_not(op: str, impl: str, device_type: str) -> str | None:
         if device_type != "cpu":
             return f"it runs on CPU tensors, not on {device_type}"
         return None if _has_kernel(op, "CPU") else EXTENSION.core_reason or f"this version has no CPU kernel for {op}"
-    if device_type != "cuda":
+    if device_type != "cuda" and not (impl == "triton" and INTERPRETED):
         return f"it runs on CUDA tensors, not on {device_type}"
     if impl == "cuda":
         if not EXTENSION.cuda:
@@ -108,6 +116,11 @@ def _say_once(op: str, device_type: str) -> None:
     warnings.warn(f"granvit: {op} runs as plain PyTorch on {device_type} tensors ({why})", stacklevel=4)
 
 
+def ops(impl: str) -> Any:
+    """The namespace of registered ops that an implementation stands behind."""
+    return torch.ops.granvit_triton if impl == "triton" else torch.ops.granvit
+
+
 def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls a registered op; a value that its kernel rejects becomes a ValueError."""
     if torch.compiler.is_compiling():
@@ -129,13 +142,49 @@ def refuse_double_backward(op: str) -> None:
         )
 
 
-def refuse_vmap(op: str) -> None:
-    """Makes ``torch.func.vmap`` over ``granvit::<op>`` one clear error."""
+_triton_library = torch.library.Library("granvit_triton", "DEF")
 
-    def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"{op}: torch.func.vmap is not supported; the op takes the boxes of all images in one call")
 
-    torch.library.register_vmap(f"granvit::{op}", rule)
+def register(
+    file: str,
+    name: str,
+    fake: Callable[..., Any],
+    *,
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    mutates: tuple[str, ...] = (),
+) -> None:
+    """Makes op `name` a citizen of PyTorch, in both namespaces where it has kernels.
+
+    Args:
+        file: the op whose files hold the kernels: ``csrc/*/<file>`` and ``kernels/<file>.py``.
+        name: the registered op; the function of this name in ``kernels/<file>.py`` is its Triton implementation.
+        fake: gives the outputs' shapes and dtypes. Its annotated signature is the schema.
+        setup: as in ``torch.library.register_autograd``.
+        backward: likewise, but takes the namespace of the op (see :func:`ops`) before everything else.
+        mutates: names of arguments that are written to.
+    """
+    namespaces = ["granvit"] if hasattr(torch.ops.granvit, name) else []
+    if _why_not(file, "triton", "cuda") is None:
+        _triton_library.define(name + torch.library.infer_schema(fake, mutates_args=mutates))
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _triton_library.impl(name, functools.partial(_run_triton, file, name), key)
+        namespaces.append("granvit_triton")
+    for namespace in namespaces:
+        qualified = f"{namespace}::{name}"
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_vmap(qualified, functools.partial(_refuse_vmap, name))
+        if backward is not None:
+            bound = functools.partial(backward, getattr(torch.ops, namespace))
+            torch.library.register_autograd(qualified, bound, setup_context=setup)
+
+
+def _run_triton(file: str, name: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(f"granvit.kernels.{file}"), name)(*args)
+
+
+def _refuse_vmap(name: str, info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(f"{name}: torch.func.vmap is not supported; the op takes the boxes of all images in one call")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -60,14 +60,15 @@ def box_embedding(
     chosen = _dispatch.choose(_OP, impl, boxes.device.type)
     if chosen == "reference":
         return _run_reference(boxes, frequencies, w1, b1, w2, b2, out, index, inplace)
+    ops = _dispatch.ops(chosen)
     if inplace:
         assert out is not None
-        _dispatch.call(torch.ops.granvit.box_embedding_, out, index, boxes, frequencies, w1, b1, w2, b2)
+        _dispatch.call(ops.box_embedding_, out, index, boxes, frequencies, w1, b1, w2, b2)
         if not torch.compiler.is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a backward that saved the sequence must notice
         return out
     save = _dispatch.needs_grad(boxes, frequencies, w1, b1, w2, b2)
-    tokens, _ = _dispatch.call(torch.ops.granvit.box_embedding, boxes, frequencies, w1, b1, w2, b2, out, index, save)
+    tokens, _ = _dispatch.call(ops.box_embedding, boxes, frequencies, w1, b1, w2, b2, out, index, save)
     return tokens
 
 
@@ -179,7 +180,7 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     _dispatch.refuse_double_backward(_OP)
     if grad is None:
         return (None,) * 9
@@ -187,65 +188,73 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     needs = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * 6
     if any(needs[:6]):
-        computed = torch.ops.granvit.box_embedding_backward(
-            grad, boxes, frequencies, w1, b1, w2, b2, hidden, index, *needs[:6]
-        )
+        computed = ops.box_embedding_backward(grad, boxes, frequencies, w1, b1, w2, b2, hidden, index, *needs[:6])
         grads = [g if needed else None for g, needed in zip(computed, needs, strict=False)]
     grad_out = grad.index_fill(0, index, 0) if needs[6] else None
     return (*grads, grad_out, None, None)
 
 
+def _fake(
+    boxes: Tensor,
+    frequencies: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    out: Tensor | None,
+    index: Tensor | None,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = boxes.shape[0] if out is None else out.shape[0]
+    saved = boxes.shape[0] if save_hidden else 0
+    wide = torch.promote_types(w1.dtype, torch.float32)
+    return w1.new_empty((rows, w2.shape[0])), w1.new_empty((saved, w1.shape[0]), dtype=wide)
+
+
+def _fake_inplace(
+    out: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    frequencies: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> None:
+    return None
+
+
+def _fake_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    frequencies: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    hidden: Tensor,
+    index: Tensor | None,
+    for_boxes: bool,
+    for_frequencies: bool,
+    for_w1: bool,
+    for_b1: bool,
+    for_w2: bool,
+    for_b2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(t: Tensor, needed: bool) -> Tensor:
+        return t.new_empty(t.shape if needed else 0)
+
+    return (
+        like(boxes, for_boxes),
+        like(frequencies, for_frequencies),
+        like(w1, for_w1),
+        like(b1, for_b1),
+        like(w2, for_w2),
+        like(b2, for_b2),
+    )
+
+
 _dispatch.declare(_OP)
-
-if hasattr(torch.ops.granvit, _OP):
-
-    @torch.library.register_fake("granvit::box_embedding")
-    def _fake(
-        boxes: Tensor,
-        frequencies: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        out: Tensor | None,
-        index: Tensor | None,
-        save_hidden: bool,
-    ) -> tuple[Tensor, Tensor]:
-        rows = boxes.shape[0] if out is None else out.shape[0]
-        saved = boxes.shape[0] if save_hidden else 0
-        wide = torch.promote_types(w1.dtype, torch.float32)
-        return w1.new_empty((rows, w2.shape[0])), w1.new_empty((saved, w1.shape[0]), dtype=wide)
-
-    @torch.library.register_fake("granvit::box_embedding_")
-    def _fake_inplace(
-        out: Tensor,
-        index: Tensor,
-        boxes: Tensor,
-        frequencies: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-    ) -> None:
-        return None
-
-    @torch.library.register_fake("granvit::box_embedding_backward")
-    def _fake_backward(
-        grad: Tensor,
-        boxes: Tensor,
-        frequencies: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        hidden: Tensor,
-        index: Tensor | None,
-        *needs: bool,
-    ) -> tuple[Tensor, ...]:
-        inputs = (boxes, frequencies, w1, b1, w2, b2)
-        return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True))
-
-    torch.library.register_autograd("granvit::box_embedding", _backward, setup_context=_setup_forward)
-    _dispatch.refuse_vmap("box_embedding")
-    _dispatch.refuse_vmap("box_embedding_")
-    _dispatch.refuse_vmap("box_embedding_backward")
+_dispatch.register(_OP, "box_embedding", _fake, setup=_setup_forward, backward=_backward)
+_dispatch.register(_OP, "box_embedding_", _fake_inplace, mutates=("out",))
+_dispatch.register(_OP, "box_embedding_backward", _fake_backward)

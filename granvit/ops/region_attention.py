@@ -70,7 +70,7 @@ def region_attention(
             _checks.values(op, boxes, image_index, _checks.num_images(key, grid))
         return reference.region_attention(query, key, value, boxes, image_index, grid.as_argument(), scale=scale)
     output, _ = _dispatch.call(
-        torch.ops.granvit.region_attention,
+        _dispatch.ops(chosen).region_attention,
         query,
         key,
         value,
@@ -125,56 +125,52 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.sizes = (height, width, scale)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     _dispatch.refuse_double_backward("region_attention")
     for_query, for_tokens = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    grads = torch.ops.granvit.region_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes, for_query, for_tokens)
+    grads = ops.region_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes, for_query, for_tokens)
     return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 6)
 
 
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid_sizes: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    regions, queries, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((regions, heads, queries), dtype=torch.float64)
+
+
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid_sizes: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    scale: float,
+    for_query: bool,
+    for_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = (0,)
+    return (
+        query.new_empty(query.shape if for_query else none),
+        key.new_empty(key.shape if for_tokens else none),
+        value.new_empty(value.shape if for_tokens else none),
+    )
+
+
 _dispatch.declare("region_attention")
-
-if hasattr(torch.ops.granvit, "region_attention"):
-
-    @torch.library.register_fake("granvit::region_attention")
-    def _fake(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        boxes: Tensor,
-        image_index: Tensor,
-        grid_sizes: Tensor | None,
-        grid_height: int,
-        grid_width: int,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        regions, queries, heads, _ = query.shape
-        return query.new_empty(query.shape), query.new_empty((regions, heads, queries), dtype=torch.float64)
-
-    @torch.library.register_fake("granvit::region_attention_backward")
-    def _fake_backward(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        boxes: Tensor,
-        image_index: Tensor,
-        grid_sizes: Tensor | None,
-        grid_height: int,
-        grid_width: int,
-        scale: float,
-        for_query: bool,
-        for_tokens: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        none = (0,)
-        return (
-            query.new_empty(query.shape if for_query else none),
-            key.new_empty(key.shape if for_tokens else none),
-            value.new_empty(value.shape if for_tokens else none),
-        )
-
-    torch.library.register_autograd("granvit::region_attention", _backward, setup_context=_setup)
-    _dispatch.refuse_vmap("region_attention")
-    _dispatch.refuse_vmap("region_attention_backward")
+_dispatch.register("region_attention", "region_attention", _fake, setup=_setup, backward=_backward)
+_dispatch.register("region_attention", "region_attention_backward", _fake_backward)

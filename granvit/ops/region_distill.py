@@ -89,7 +89,7 @@ def region_distill_loss(
             sampling_ratio=sampling_ratio,
         )
     value, _ = _dispatch.call(
-        torch.ops.granvit.region_distill,
+        _dispatch.ops(chosen).region_distill,
         student,
         teacher,
         boxes,
@@ -154,7 +154,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
         ctx.arguments = (height, width, out_height, out_width, loss, sampling_ratio)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     _dispatch.refuse_double_backward("region_distill_loss")
     if ctx.one_pass:
         (grad,) = ctx.saved_tensors
@@ -164,7 +164,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     else:
         student, teacher, boxes, image_index, grid_sizes, output_sizes = ctx.saved_tensors
         height, width, out_height, out_width, loss, sampling_ratio = ctx.arguments
-        grad = torch.ops.granvit.region_distill_backward(
+        grad = ops.region_distill_backward(
             grad_loss,
             student,
             teacher,
@@ -182,44 +182,54 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     return (grad, *[None] * 14)
 
 
-_dispatch.declare("region_distill")
+def _fake(
+    student: Tensor,
+    teacher: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid_sizes: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    output_sizes: Tensor | None,
+    output_height: int,
+    output_width: int,
+    weight: Tensor | None,
+    loss: str,
+    reduction: str,
+    sampling_ratio: int,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(student.dtype, torch.float32)
+    value = student.new_empty((boxes.shape[0],) if reduction == "none" else (), dtype=wide)
+    if not with_grad or reduction == "none":
+        return value, student.new_empty(0)
+    return value, student.new_empty(student.shape, dtype=_grad_dtype(student.dtype))
 
-if hasattr(torch.ops.granvit, "region_distill"):
 
-    @torch.library.register_fake("granvit::region_distill")
-    def _fake(
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Tensor,
-        image_index: Tensor,
-        grid_sizes: Tensor | None,
-        grid_height: int,
-        grid_width: int,
-        output_sizes: Tensor | None,
-        output_height: int,
-        output_width: int,
-        weight: Tensor | None,
-        loss: str,
-        reduction: str,
-        sampling_ratio: int,
-        with_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(student.dtype, torch.float32)
-        value = student.new_empty((boxes.shape[0],) if reduction == "none" else (), dtype=wide)
-        if not with_grad or reduction == "none":
-            return value, student.new_empty(0)
-        return value, student.new_empty(student.shape, dtype=_grad_dtype(student.dtype))
-
-    @torch.library.register_fake("granvit::region_distill_backward")
-    def _fake_backward(grad_loss: Tensor, student: Tensor, *arguments: Any) -> Tensor:
-        return student.new_empty(student.shape)
-
-    torch.library.register_autograd("granvit::region_distill", _backward, setup_context=_setup)
-    _dispatch.refuse_vmap("region_distill")
-    _dispatch.refuse_vmap("region_distill_backward")
+def _fake_backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid_sizes: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    output_sizes: Tensor | None,
+    output_height: int,
+    output_width: int,
+    loss: str,
+    sampling_ratio: int,
+) -> Tensor:
+    return student.new_empty(student.shape)
 
 
 def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     # A mean over millions of elements leaves gradients below float16's range; a loss scale that arrives later, in the
     # backward, could not bring them back. Until then they are kept in float32.
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+_dispatch.declare("region_distill")
+_dispatch.register("region_distill", "region_distill", _fake, setup=_setup, backward=_backward)
+_dispatch.register("region_distill", "region_distill_backward", _fake_backward)

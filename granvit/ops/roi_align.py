@@ -66,7 +66,7 @@ def roi_align(
             sampling_ratio=sampling_ratio,
         )
     return _dispatch.call(
-        torch.ops.granvit.roi_align,
+        _dispatch.ops(chosen).roi_align,
         tokens,
         boxes,
         image_index,
@@ -94,10 +94,10 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.num_tokens = tokens.shape[0] if grid_sizes is not None else tokens.shape[0] * tokens.shape[1]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     boxes, image_index, grid_sizes, output_sizes = ctx.saved_tensors
     height, width, out_height, out_width, ratio = ctx.sizes
-    grad_tokens = torch.ops.granvit.roi_align_backward(
+    grad_tokens = ops.roi_align_backward(
         grad, boxes, image_index, grid_sizes, height, width, output_sizes, out_height, out_width, ratio, ctx.num_tokens
     )
     return (grad_tokens, *[None] * 9)
@@ -109,55 +109,52 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.sizes = (height, width, out_height, out_width, ratio)
 
 
-def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_of_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The op is linear, so the derivative of its transpose is the op itself.
     boxes, image_index, grid_sizes, output_sizes = ctx.saved_tensors
     height, width, out_height, out_width, ratio = ctx.sizes
-    grad_cells = torch.ops.granvit.roi_align(
+    grad_cells = ops.roi_align(
         grad.contiguous(), boxes, image_index, grid_sizes, height, width, output_sizes, out_height, out_width, ratio
     )
     return (grad_cells, *[None] * 10)
 
 
+def _fake(
+    tokens: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid_sizes: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    output_sizes: Tensor | None,
+    output_height: int,
+    output_width: int,
+    sampling_ratio: int,
+) -> Tensor:
+    return tokens.new_empty((*_cells(boxes, output_sizes, output_height, output_width), tokens.shape[-1]))
+
+
+def _fake_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid_sizes: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    output_sizes: Tensor | None,
+    output_height: int,
+    output_width: int,
+    sampling_ratio: int,
+    num_tokens: int,
+) -> Tensor:
+    if grid_sizes is not None:
+        return grad.new_empty((num_tokens, grad.shape[-1]))
+    per_image = grid_height * grid_width
+    return grad.new_empty((num_tokens // per_image, per_image, grad.shape[-1]))
+
+
 _dispatch.declare("roi_align")
-
-if hasattr(torch.ops.granvit, "roi_align"):
-
-    @torch.library.register_fake("granvit::roi_align")
-    def _fake(
-        tokens: Tensor,
-        boxes: Tensor,
-        image_index: Tensor,
-        grid_sizes: Tensor | None,
-        grid_height: int,
-        grid_width: int,
-        output_sizes: Tensor | None,
-        output_height: int,
-        output_width: int,
-        sampling_ratio: int,
-    ) -> Tensor:
-        return tokens.new_empty((*_cells(boxes, output_sizes, output_height, output_width), tokens.shape[-1]))
-
-    @torch.library.register_fake("granvit::roi_align_backward")
-    def _fake_backward(
-        grad: Tensor,
-        boxes: Tensor,
-        image_index: Tensor,
-        grid_sizes: Tensor | None,
-        grid_height: int,
-        grid_width: int,
-        output_sizes: Tensor | None,
-        output_height: int,
-        output_width: int,
-        sampling_ratio: int,
-        num_tokens: int,
-    ) -> Tensor:
-        if grid_sizes is not None:
-            return grad.new_empty((num_tokens, grad.shape[-1]))
-        per_image = grid_height * grid_width
-        return grad.new_empty((num_tokens // per_image, per_image, grad.shape[-1]))
-
-    torch.library.register_autograd("granvit::roi_align", _backward, setup_context=_setup_forward)
-    torch.library.register_autograd("granvit::roi_align_backward", _backward_of_backward, setup_context=_setup_backward)
-    _dispatch.refuse_vmap("roi_align")
-    _dispatch.refuse_vmap("roi_align_backward")
+_dispatch.register("roi_align", "roi_align", _fake, setup=_setup_forward, backward=_backward)
+_dispatch.register(
+    "roi_align", "roi_align_backward", _fake_backward, setup=_setup_backward, backward=_backward_of_backward
+)
