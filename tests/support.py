@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from granvit.ops import _dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -114,6 +117,45 @@ def assert_within_budget(draw: Callable[[], Iterable[Comparison]], draws: int = 
                 allowed.setdefault(what, []).append(2 * float(stock_error.amax()))
     for what, errors in beyond.items():
         assert sum(errors) <= sum(allowed[what]), f"{what}: errors of {errors} beyond an ulp, allowed {allowed[what]}"
+
+
+DEVICE_TYPES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def kernels(op: str) -> list[tuple[str, str]]:
+    """(device type, implementation) of every kernel of an op that can run here."""
+    return [
+        (device, impl)
+        for device in DEVICE_TYPES
+        for impl in ("cpu", "cuda", "triton")
+        if _dispatch.unavailable(op, impl, device) is None
+    ]
+
+
+def dtypes(impl: str) -> tuple[torch.dtype, ...]:
+    """What an implementation is tested with."""
+    if impl in ("cpu", "reference"):
+        return DTYPES
+    # Triton's interpreter takes the bits of bfloat16 for integers.
+    return (torch.float32, torch.float16) if _dispatch.INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_dtypes(op: str) -> list[Any]:
+    """Parameters (device, impl, dtype) for tests of every kernel in every dtype that it takes."""
+    return [
+        pytest.param(device, impl, dtype, id=f"{device}-{impl}-{str(dtype).removeprefix('torch.')}")
+        for device, impl in kernels(op)
+        for dtype in dtypes(impl)
+    ]
+
+
+def run_interpreted(file: str, selection: str = "triton") -> None:
+    """Runs a test file's tests of Triton kernels in a process where Triton interprets them, on CPU tensors."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    run = subprocess.run([*command, "-k", selection], env=environment, capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, run.stdout[-6000:]
 
 
 def run_at_isa(isa: str, file: str, selection: str) -> None:

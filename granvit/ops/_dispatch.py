@@ -69,16 +69,18 @@ def _has_kernel(op: str, key: str) -> bool:
     return hasattr(torch.ops.granvit, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"granvit::{op}", key)
 
 
-def unavailable(op: str, impl: str, device_type: str) -> str | None:
-    """Why `impl` of `op` cannot run on a device type, or None where it can."""
+def unavailable(op: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why `impl` of `op` cannot run on a device type (for tensors of a dtype), or None where it can."""
     if impl == "reference":
         return None
     if device_type not in _PREFERENCE:
         return f"granvit has no kernels for {device_type}"
+    if dtype == torch.float64 and impl != "cpu":
+        return _UNAVAILABLE[op, impl, device_type] or "it has no float64 kernels"
     return _UNAVAILABLE[op, impl, device_type]
 
 
-def choose(op: str, impl: str | None, device_type: str) -> str:
+def choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The implementation to run: the one asked for, or the best that can run.
 
     Raises:
@@ -91,27 +93,32 @@ def choose(op: str, impl: str | None, device_type: str) -> str:
     if impl is not None:
         if impl not in IMPLS:
             raise ValueError(f"{op}: {source}: expected one of {', '.join(IMPLS)}, got {impl!r}")
-        reason = unavailable(op, impl, device_type)
+        reason = unavailable(op, impl, device_type, dtype)
         if reason is not None:
             raise RuntimeError(f"{op}: {source}={impl!r} cannot run: {reason}")
         return impl
     for candidate in _PREFERENCE.get(device_type, ("reference",)):
-        if unavailable(op, candidate, device_type) is None:
+        if unavailable(op, candidate, device_type, dtype) is None:
             if candidate == "reference":
-                _say_once(op, device_type)
+                _say_once(op, device_type, dtype)
             return candidate
     raise AssertionError("the reference runs everywhere")
 
 
-_said: set[tuple[str, str]] = set()
+def must_check(chosen: str, device: torch.device) -> bool:
+    """Whether Python checks what boxes and indices hold: not where the CPU kernels do, nor unasked on a device."""
+    return chosen != "cpu" and (device.type == "cpu" or CHECK_VALUES)
 
 
-def _say_once(op: str, device_type: str) -> None:
-    if (op, device_type) in _said:
+_said: set[tuple[str, str, torch.dtype]] = set()
+
+
+def _say_once(op: str, device_type: str, dtype: torch.dtype) -> None:
+    if (op, device_type, dtype) in _said:
         return
-    _said.add((op, device_type))
+    _said.add((op, device_type, dtype))
     impls = [impl for impl in _PREFERENCE.get(device_type, ()) if impl != "reference"]
-    why = "; ".join(f"{impl}: {unavailable(op, impl, device_type)}" for impl in impls)
+    why = "; ".join(f"{impl}: {unavailable(op, impl, device_type, dtype)}" for impl in impls)
     why = why or f"granvit has no kernels for {device_type}"
     warnings.warn(f"granvit: {op} runs as plain PyTorch on {device_type} tensors ({why})", stacklevel=4)
 

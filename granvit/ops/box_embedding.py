@@ -57,7 +57,9 @@ def box_embedding(
     """
     _check_layers(boxes, frequencies, w1, b1, w2, b2)
     index = _check_target(boxes, w2, out, index, inplace)
-    chosen = _dispatch.choose(_OP, impl, boxes.device.type)
+    chosen = _dispatch.choose(_OP, impl, boxes.device.type, w1.dtype)
+    if _dispatch.must_check(chosen, boxes.device) and not torch.compiler.is_compiling():
+        _check_values(boxes, out, index)
     if chosen == "reference":
         return _run_reference(boxes, frequencies, w1, b1, w2, b2, out, index, inplace)
     ops = _dispatch.ops(chosen)
@@ -160,11 +162,8 @@ def _run_reference(
     index: Tensor | None,
     inplace: bool,
 ) -> Tensor:
-    device_type = boxes.device.type
-    if (device_type == "cpu" or _dispatch.CHECK_VALUES) and not torch.compiler.is_compiling():
-        _check_values(boxes, out, index)
     # The reference chooses its own dtypes; autocast would lower them.
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(boxes.device.type, enabled=False):
         if not inplace:
             return reference.box_embedding(boxes, frequencies, w1, b1, w2, b2, out=out, index=index)
         assert out is not None

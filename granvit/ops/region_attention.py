@@ -64,10 +64,10 @@ def region_attention(
     if query.shape[0] != boxes.shape[0]:
         raise _checks.wrong_value(op, "query", f"shape ({boxes.shape[0]}, Q, heads, dim) to match boxes", query)
     scale = _scale(op, scale, query.shape[-1])
-    chosen = _dispatch.choose(op, impl, query.device.type)
+    chosen = _dispatch.choose(op, impl, query.device.type, query.dtype)
+    if _dispatch.must_check(chosen, query.device):
+        _checks.values(op, boxes, image_index, _checks.num_images(key, grid))
     if chosen == "reference":
-        if query.device.type == "cpu" or _dispatch.CHECK_VALUES:
-            _checks.values(op, boxes, image_index, _checks.num_images(key, grid))
         return reference.region_attention(query, key, value, boxes, image_index, grid.as_argument(), scale=scale)
     output, _ = _dispatch.call(
         _dispatch.ops(chosen).region_attention,

@@ -72,10 +72,10 @@ def region_distill_loss(
     for argument, value, known in (("loss", loss, LOSSES), ("reduction", reduction, REDUCTIONS)):
         if value not in known:
             raise _checks.wrong_value(op, argument, " or ".join(map(repr, known)), value)
-    chosen = _dispatch.choose("region_distill", impl, student.device.type)
+    chosen = _dispatch.choose("region_distill", impl, student.device.type, student.dtype)
+    if _dispatch.must_check(chosen, student.device):
+        _checks.values(op, boxes, image_index, _checks.num_images(student, grid))
     if chosen == "reference":
-        if student.device.type == "cpu" or _dispatch.CHECK_VALUES:
-            _checks.values(op, boxes, image_index, _checks.num_images(student, grid))
         return reference.region_distill_loss(
             student,
             teacher,

@@ -53,10 +53,10 @@ def roi_align(
     boxes, image_index = _checks.regions(op, boxes, image_index, tokens.device)
     out = _checks.grids(op, "output_size", output_size, boxes.shape[0], "region")
     sampling_ratio = _checks.sampling_ratio(op, sampling_ratio)
-    chosen = _dispatch.choose(op, impl, tokens.device.type)
+    chosen = _dispatch.choose(op, impl, tokens.device.type, tokens.dtype)
+    if _dispatch.must_check(chosen, tokens.device):
+        _checks.values(op, boxes, image_index, _checks.num_images(tokens, grid))
     if chosen == "reference":
-        if tokens.device.type == "cpu" or _dispatch.CHECK_VALUES:
-            _checks.values(op, boxes, image_index, _checks.num_images(tokens, grid))
         return reference.roi_align(
             tokens,
             boxes,

@@ -27,7 +27,7 @@ def implementation(op: str) -> str:
     """Which implementation of an op runs here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the quickstart says in its own words that an op runs on the reference
-        return _dispatch.choose(op, None, "cpu")
+        return _dispatch.choose(op, None, "cpu", torch.float32)
 
 
 def steps(

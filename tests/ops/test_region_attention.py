@@ -16,18 +16,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from granvit import reference
-from granvit.ops import _dispatch, region_attention
+from granvit.ops import region_attention
 from granvit.reference._regions import geometry_dtype
 from granvit.reference.region_attention import cell_weights
-from tests.support import DTYPES, Case, Comparison, assert_within_budget, awkward_boxes, dense_case, packed_case
+from tests.support import (
+    DTYPES,
+    Case,
+    Comparison,
+    assert_within_budget,
+    awkward_boxes,
+    dense_case,
+    kernel_dtypes,
+    kernels,
+    packed_case,
+)
 
-DEVICE_TYPES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-KERNELS = [
-    (device, impl)
-    for device in DEVICE_TYPES
-    for impl in ("cpu", "cuda", "triton")
-    if _dispatch.unavailable("region_attention", impl, device) is None
-]
+KERNELS = kernels("region_attention")
+KERNEL_DTYPES = kernel_dtypes("region_attention")
 needs_cpu = pytest.mark.skipif(("cpu", "cpu") not in KERNELS, reason="the CPU kernels were not built")
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -115,24 +120,21 @@ def check(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("device", "impl"), KERNELS)
+@pytest.mark.parametrize(("device", "impl", "dtype"), KERNEL_DTYPES)
 def test_matches_reference(poisoned: None, device: str, impl: str, dtype: torch.dtype, case: str) -> None:
     check(CASES[case], 3, 2, 24, dtype, device, impl)
 
 
 @pytest.mark.parametrize("queries", [1, 4, 16, 17])
 @pytest.mark.parametrize("dim", [8, 24, 64, 72, 256])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("device", "impl"), KERNELS)
+@pytest.mark.parametrize(("device", "impl", "dtype"), KERNEL_DTYPES)
 def test_head_dims_and_queries(
     poisoned: None, device: str, impl: str, dtype: torch.dtype, dim: int, queries: int
 ) -> None:
     check(lambda: dense_case(6, 11, images=2, regions=10), queries, 3, dim, dtype, device, impl)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("device", "impl"), KERNELS)
+@pytest.mark.parametrize(("device", "impl", "dtype"), KERNEL_DTYPES)
 def test_views_are_read_in_place(poisoned: None, device: str, impl: str, dtype: torch.dtype) -> None:
     """A fused projection of tokens behind a class token, and a probe expanded over the regions."""
     heads, dim = 4, 24
