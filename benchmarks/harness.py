@@ -341,7 +341,7 @@ class Session:
             "stock": provider.stock,
             "compiled": provider.compiled,
             "same_result": provider.same_result,
-            "impl": _dispatch.choose(op.name, provider.impl, group.device.type) if ours else None,
+            "impl": _dispatch.choose(op.name, provider.impl, group.device.type, group.dtype) if ours else None,
             "regions": workload.num_regions,
             "grid": list(workload.grid) if hasattr(workload, "grid") else None,
             "match": entry.match,

@@ -185,6 +185,38 @@ def make_plan(
     return Plan(order, region_start, token_start, tile_start, bound)
 
 
+@dataclass(frozen=True)
+class Cells:
+    """Output grids of the regions, and where each region's cells and blocks of cells start, on the device.
+
+    Attributes:
+        sizes: ``(R, 2)`` int64, or None where all grids are alike; then the starts are None too.
+        start: ``(R + 1,)`` int64, first cell.
+        block_start: ``(R + 1,)`` int32, first block.
+        max_blocks: at least as many as there are blocks in all; known without asking the device.
+    """
+
+    sizes: Tensor | None
+    start: Tensor | None
+    block_start: Tensor | None
+    max_blocks: int
+
+
+def make_cells(
+    sizes: Tensor | None, height: int, width: int, num_regions: int, num_cells: int, block: tuple[int, int]
+) -> Cells:
+    """Lays out the cells of all regions; `num_cells` counts them all, `block` is a block's height and width."""
+    if sizes is None:
+        blocks = triton.cdiv(height, block[0]) * triton.cdiv(width, block[1])
+        return Cells(None, None, None, num_regions * blocks)
+    high, wide = sizes.unbind(1)
+    blocks = -(-high // block[0]) * -(-wide // block[1])
+    starts = torch.zeros(2, num_regions + 1, dtype=torch.int64, device=sizes.device)
+    torch.cumsum(torch.stack([high * wide, blocks]), 1, out=starts[:, 1:])
+    bound = num_cells // (block[0] * block[1]) + num_cells // block[0] + num_cells // block[1] + num_regions
+    return Cells(sizes, starts[0], starts[1].int(), bound)
+
+
 def on_device(sizes: Tensor | None, device: torch.device) -> Tensor | None:
     """Grid sizes where the kernels can read them, without waiting."""
     return None if sizes is None else sizes.to(device, non_blocking=True).contiguous()

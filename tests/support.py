@@ -149,7 +149,17 @@ def kernel_dtypes(op: str) -> list[Any]:
     ]
 
 
-def run_interpreted(file: str, selection: str = "triton") -> None:
+def with_reference(op: str) -> list[Any]:
+    """:func:`kernel_dtypes`, and the reference, which is held to the same budget, on the CPU."""
+    if _dispatch.INTERPRETED:
+        return kernel_dtypes(op)
+    return kernel_dtypes(op) + [
+        pytest.param("cpu", "reference", dtype, id=f"cpu-reference-{str(dtype).removeprefix('torch.')}")
+        for dtype in DTYPES
+    ]
+
+
+def run_interpreted(file: str, selection: str = "triton and not interpreter") -> None:
     """Runs a test file's tests of Triton kernels in a process where Triton interprets them, on CPU tensors."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,444 @@
+"""RoIAlign in its separable form, out = A_y X A_x^T, and its transpose, for the Triton kernels of two ops.
+
+A tile holds channels beside the positions of one axis, so that both steps are matrix products: rows first,
+``A_y [p, y] . X [y, (x, c)]``, then columns, ``A_x [q, x] . V [x, (p, c)]``. The weights of a block of cells cover a
+window of the grid that starts at the first line that the block's samples touch; further windows follow where cells are
+larger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granvit.kernels._regions import clamp, find_tile, load_grid, load_region, make_cells, make_plan, on_device
+
+ROWS = tl.constexpr(16)  # cells along y in a block
+COLUMNS = tl.constexpr(32)  # cells along x in a block
+WINDOW = tl.constexpr(32)  # grid lines in a window, along both axes
+
+
+@triton.jit
+def samples_per_cell(bin_size, SAMPLING_RATIO: tl.constexpr):
+    if SAMPLING_RATIO > 0:
+        return SAMPLING_RATIO
+    else:
+        return tl.ceil(bin_size).to(tl.int32)
+
+
+@triton.jit
+def position(start, bin_size, p, k, samples):
+    """Where sample k of cell p sits (float64, in grid lines). `start` is the box edge in grid units."""
+    return start - 0.5 + bin_size * (p + (tl.cast(k, tl.float64) + 0.5) / samples)
+
+
+@triton.jit
+def axis_weights(start, bin_size, samples, size, cell0, cells, line0, M: tl.constexpr, N: tl.constexpr):
+    """A [m, j]: the weight of grid line line0 + j in cell cell0 + m; zero from `cells` on."""
+    cell = cell0 + tl.arange(0, M)
+    line = line0 + tl.arange(0, N)
+    weights = tl.zeros((M, N), tl.float32)
+    for k in range(samples):
+        t = position(start, bin_size, cell.to(tl.float64), k, samples)
+        inside = (t >= -1) & (t <= size) & (cell < cells)
+        t = clamp(t, 0.0, size - 1.0)
+        low = t.to(tl.int32)
+        high_weight = (t - low).to(tl.float32)  # [M]
+        low_weight = tl.where(inside, 1 - high_weight, 0.0)
+        high_weight = tl.where(inside, high_weight, 0.0)
+        distance = line[None, :] - low[:, None]
+        weights += tl.where(distance == 0, low_weight[:, None], 0.0)
+        weights += tl.where(distance == 1, high_weight[:, None], 0.0)
+    return weights / tl.maximum(samples, 1)
+
+
+@triton.jit
+def first_line(start, bin_size, samples, size, cell):
+    """The first grid line that a cell touches, as if it were moved into the image."""
+    t = position(start, bin_size, cell.to(tl.float64), 0, tl.maximum(samples, 1))
+    return clamp(t, 0.0, size - 1.0).to(tl.int32)
+
+
+@triton.jit
+def last_line(start, bin_size, samples, size, cell):
+    samples = tl.maximum(samples, 1)
+    t = position(start, bin_size, cell.to(tl.float64), samples - 1, samples)
+    return tl.minimum(clamp(t, 0.0, size - 1.0).to(tl.int32) + 1, size - 1)
+
+
+@triton.jit
+def cells_near(start, bin_size, samples, size, cells, line0, line1):
+    """Cells [first, last) that may touch the grid lines [line0, line1), or that lie beyond the image on that side."""
+    samples = tl.maximum(samples, 1)
+    # The last sample's line + 1 is at least line0; the first sample's line is below line1. One more on either side
+    # covers the rounding; a cell too many has weights of zero.
+    first = (line0 - 0.5 - start) / bin_size - (samples - 0.5) / samples - 1
+    last = (line1 + 0.5 - start) / bin_size - 0.5 / samples + 2
+    thin = bin_size * cells < 1e-6  # all cells touch the same lines, and the quotients mean nothing
+    first = tl.where(thin | (line0 == 0), 0.0, first)
+    last = tl.where(thin | (line1 >= size), cells.to(tl.float64), last)
+    return clamp(first, 0.0, cells.to(tl.float64)).to(tl.int32), clamp(last, 0.0, cells.to(tl.float64)).to(tl.int32)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a . b of float32 tiles on tensor cores: in tf32, rounded to nearest, or in three tf32 products."""
+    if PRECISION == "tf32":
+        a = round_to_tf32(a)
+        b = round_to_tf32(b)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to_tf32(x):
+    # Tensor cores cut float32 off after 10 bits, which would shrink every weight; infinities and NaN stay.
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x1000) & -0x2000
+    return tl.where((bits & 0x7F800000) == 0x7F800000, bits, rounded).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def swap_axes(x, M: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr):
+    """[m, (n, c)] -> [n, (m, c)]"""
+    x = tl.permute(tl.reshape(x, (M, N, CHANNELS)), (1, 0, 2))
+    return tl.reshape(x, (N, M * CHANNELS))
+
+
+@triton.jit
+def per_channel(x, N: tl.constexpr, CHANNELS: tl.constexpr):
+    """[n] -> [(n, c)]"""
+    return tl.reshape(tl.broadcast_to(x[:, None], (N, CHANNELS)), (N * CHANNELS,))
+
+
+@triton.jit
+def align_block(
+    tokens,
+    row_stride,
+    first_token,
+    num_tokens,
+    height,
+    width,
+    y0,
+    bin_y,
+    samples_y,
+    x0,
+    bin_x,
+    samples_x,
+    p0,
+    rows,
+    q0,
+    columns,
+    c0,
+    channels,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """RoIAlign of a block of cells: [COLUMNS, (ROWS, CHANNELS)] float32, zero outside of the region's cells.
+
+    `y0`, `x0` are the box's edges in grid units, `p0`, `q0`, `c0` the block's first row, column and channel.
+    """
+    out = tl.zeros((COLUMNS, ROWS * CHANNELS), tl.float32)
+    n = tl.arange(0, WINDOW * CHANNELS)
+    channel = c0 + n % CHANNELS
+    top = first_line(y0, bin_y, samples_y, height, p0)
+    bottom = last_line(y0, bin_y, samples_y, height, tl.minimum(p0 + ROWS, rows) - 1)
+    left = first_line(x0, bin_x, samples_x, width, q0)
+    right = last_line(x0, bin_x, samples_x, width, tl.minimum(q0 + COLUMNS, columns) - 1)
+    for window_y in range(top, bottom + 1, WINDOW):
+        a_y = axis_weights(y0, bin_y, samples_y, height, p0, rows, window_y, ROWS, WINDOW)
+        y = window_y + tl.arange(0, WINDOW)
+        # A line that no cell of the block reads is not read either.
+        used_y = (tl.max(a_y, 0) > 0) & (y < height)
+        for window_x in range(left, right + 1, WINDOW):
+            a_x = axis_weights(x0, bin_x, samples_x, width, q0, columns, window_x, COLUMNS, WINDOW)
+            used_x = (tl.max(a_x, 0) > 0) & (window_x + tl.arange(0, WINDOW) < width)
+            x = window_x + n // CHANNELS
+            token = first_token + y[:, None] * width + x[None, :]  # [WINDOW, (WINDOW, CHANNELS)]
+            used = used_y[:, None] & per_channel(used_x, WINDOW, CHANNELS)[None, :]
+            used = used & (channel < channels)[None, :] & (token < num_tokens)
+            values = tl.load(tokens + token * row_stride + channel[None, :], mask=used, other=0.0).to(tl.float32)
+            along_y = swap_axes(product(a_y, values, PRECISION), ROWS, WINDOW, CHANNELS)
+            out += product(a_x, along_y, PRECISION)
+    return out
+
+
+@triton.jit
+def load_axes(boxes, image_index, r, num_images, grids, grid_height, grid_width, PACKED: tl.constexpr):
+    """Edges of region r in the grid units of its image (float64), and the image with its grid."""
+    x0, y0, x1, y1, image = load_region(boxes, image_index, r, num_images)
+    height, width = load_grid(grids, image, grid_height, grid_width, PACKED)
+    return x0 * width, y0 * height, x1 * width, y1 * height, image, height, width
+
+
+@triton.jit
+def pull_back_kernel(
+    # The gradient of the tokens, which is written.
+    grad_tokens,
+    partial_loss,
+    # What the cells hold: their gradient; or the student's tokens and the teacher's cells.
+    cells,
+    cell_row_stride,
+    cell_region_stride,
+    tokens,
+    token_row_stride,
+    token_image_stride,
+    slope,  # (cells, 2): factors of student and teacher in the gradient of a cell, for cosine
+    region_scale,
+    scale,
+    # Geometry.
+    boxes,
+    image_index,
+    grids,
+    grid_height,
+    grid_width,
+    outputs,
+    output_height,
+    output_width,
+    cell_start,
+    order,
+    region_start,
+    token_start,
+    tile_start,
+    num_images,
+    num_tokens,
+    channels,
+    SAMPLING_RATIO: tl.constexpr,
+    FROM: tl.constexpr,
+    HAS_REGION_SCALE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PACKED_CELLS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_tokens = sum over regions of A_y^T D A_x, where D, the gradient of the cells, comes from FROM.
+
+    "cells": D is `cells`. "mse": D = 2 (student - teacher), and the sum of squares is left in `partial_loss`.
+    "cosine": D = slope[0] * student + slope[1] * teacher. All times the region's scale. A program owns a tile of an
+    image's tokens for a block of channels and walks the image's regions in their order, so nothing is added by two
+    programs.
+    """
+    image, tile = find_tile(tile_start, num_images, tl.program_id(0), 256)
+    c0 = tl.program_id(1) * CHANNELS
+    loss = tl.zeros((), tl.float64)  # the sum over a tile keeps its last bits
+    if image < num_images:
+        height, width = load_grid(grids, image, grid_height, grid_width, PACKED)
+        tiles_x = (width + TILE_W - 1) // TILE_W
+        tile_y = tile // tiles_x * TILE_H
+        tile_x = tile % tiles_x * TILE_W
+        first_token = tl.load(token_start + image)
+        student = tokens
+        student_first = first_token
+        if FROM != "cells" and not PACKED:
+            student = tokens + image.to(tl.int64) * token_image_stride
+            student_first = tl.zeros((), tl.int64)
+        student_tokens = student_first + height * width
+        if PACKED:
+            student_tokens = tl.minimum(student_tokens, num_tokens)
+        grad = tl.zeros((TILE_H, TILE_W * CHANNELS), tl.float32)
+        for i in range(tl.load(region_start + image), tl.load(region_start + image + 1)):
+            r = tl.load(order + i)
+            x0, y0, x1, y1, _, _, _ = load_axes(
+                boxes, image_index, r, num_images, grids, grid_height, grid_width, PACKED
+            )
+            rows, columns = load_grid(outputs, r, output_height, output_width, PACKED_CELLS)
+            bin_y = (y1 - y0) / rows
+            bin_x = (x1 - x0) / columns
+            samples_y = samples_per_cell(bin_y, SAMPLING_RATIO)
+            samples_x = samples_per_cell(bin_x, SAMPLING_RATIO)
+            factor = scale
+            if HAS_REGION_SCALE:
+                factor = tl.load(region_scale + r)
+            if PACKED_CELLS:
+                first_cell = tl.load(cell_start + r)
+                region_cells = cells + first_cell * cell_row_stride
+            else:
+                first_cell = r.to(tl.int64) * rows * columns
+                region_cells = cells + r.to(tl.int64) * cell_region_stride
+            p_first, p_last = cells_near(y0, bin_y, samples_y, height, rows, tile_y, tile_y + TILE_H)
+            q_first, q_last = cells_near(x0, bin_x, samples_x, width, columns, tile_x, tile_x + TILE_W)
+            for p0 in range(p_first, p_last, ROWS):
+                a_y = axis_weights(y0, bin_y, samples_y, height, p0, rows, tile_y, ROWS, TILE_H)
+                for q0 in range(q_first, q_last, COLUMNS):
+                    # [COLUMNS, (ROWS, CHANNELS)]
+                    q = q0 + tl.arange(0, COLUMNS)
+                    n = tl.arange(0, ROWS * CHANNELS)
+                    p = p0 + n // CHANNELS
+                    channel = c0 + n % CHANNELS
+                    cell = p[None, :].to(tl.int64) * columns + q[:, None]
+                    valid = (q < columns)[:, None] & ((p < rows) & (channel < channels))[None, :]
+                    if FROM == "cells":
+                        d = tl.load(region_cells + cell * cell_row_stride + channel[None, :], mask=valid, other=0.0)
+                        d = d.to(tl.float32)
+                    else:
+                        theirs = tl.load(
+                            region_cells + cell * cell_row_stride + channel[None, :], mask=valid, other=0.0
+                        ).to(tl.float32)
+                        ours = align_block(
+                            student,
+                            token_row_stride,
+                            student_first,
+                            student_tokens,
+                            height,
+                            width,
+                            y0,
+                            bin_y,
+                            samples_y,
+                            x0,
+                            bin_x,
+                            samples_x,
+                            p0,
+                            rows,
+                            q0,
+                            columns,
+                            c0,
+                            channels,
+                            CHANNELS,
+                            PRECISION,
+                        )
+                        if FROM == "mse":
+                            d = ours - theirs
+                            # The loss of a cell belongs to the tile of the first line that it touches.
+                            home_y = first_line(y0, bin_y, samples_y, height, p0 + tl.arange(0, ROWS))
+                            home_x = first_line(x0, bin_x, samples_x, width, q)
+                            at_home = (home_x // TILE_W * TILE_W == tile_x)[:, None]
+                            at_home &= per_channel(home_y // TILE_H * TILE_H == tile_y, ROWS, CHANNELS)[None, :]
+                            loss += tl.sum(tl.where(at_home & valid, d * d, 0.0)).to(tl.float64) * factor
+                            d = 2 * d
+                        else:
+                            by_ours = tl.load(slope + 2 * (first_cell + cell), mask=valid, other=0.0)
+                            by_theirs = tl.load(slope + 2 * (first_cell + cell) + 1, mask=valid, other=0.0)
+                            d = by_ours * ours + by_theirs * theirs
+                    d *= factor
+                    a_x = axis_weights(x0, bin_x, samples_x, width, q0, columns, tile_x, COLUMNS, TILE_W)
+                    along_x = product(tl.trans(a_x), d, PRECISION)  # [TILE_W, (ROWS, CHANNELS)]
+                    along_x = swap_axes(along_x, TILE_W, ROWS, CHANNELS)
+                    grad += product(tl.trans(a_y), along_x, PRECISION)
+        y = tile_y + tl.arange(0, TILE_H)
+        n = tl.arange(0, TILE_W * CHANNELS)
+        x = tile_x + n // CHANNELS
+        channel = c0 + n % CHANNELS
+        token = first_token + y[:, None] * width + x[None, :]
+        inside = (y < height)[:, None] & ((x < width) & (channel < channels))[None, :] & (token < num_tokens)
+        tl.store(grad_tokens + token * channels + channel[None, :], grad, mask=inside)
+    if FROM == "mse":
+        tl.store(partial_loss + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), loss)
+
+
+@dataclass(frozen=True)
+class Grids:
+    """One grid for all, or ``(n, 2)`` int64 sizes, on any device."""
+
+    sizes: Tensor | None
+    height: int
+    width: int
+
+
+def pull_back(
+    grad_tokens: Tensor,
+    cells: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    grid: Grids,
+    out: Grids,
+    sampling_ratio: int,
+    *,
+    source: str = "cells",
+    tokens: Tensor | None = None,
+    slope: Tensor | None = None,
+    region_scale: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Launches :func:`pull_back_kernel`.
+
+    Args:
+        grad_tokens: ``(B, H*W, C)`` or ``(T, C)`` contiguous, written completely.
+        cells: ``(R, h*w, C)`` or ``(sum of h*w, C)``: the gradient of the cells, or the teacher.
+        boxes: ``(R, 4)``.
+        image_index: ``(R,)`` int64.
+        grid: of the images.
+        out: of the regions.
+        sampling_ratio: as in the ops.
+        source: "cells", "mse" or "cosine".
+        tokens: the student's, with "mse" and "cosine".
+        slope: ``(sum of h*w, 2)`` float32, with "cosine".
+        region_scale: ``(R,)`` float32 factors, or None for `scale` everywhere.
+        scale: see `region_scale`.
+
+    Returns:
+        With "mse" the weighted sums of squares that every program found, float64; else an empty tensor.
+    """
+    device, channels = grad_tokens.device, grad_tokens.shape[-1]
+    dense = grid.sizes is None
+    num_images = grad_tokens.shape[0] if grid.sizes is None else grid.sizes.shape[0]
+    num_tokens = grad_tokens.numel() // channels
+    tile = (tile_of(grid.height), tile_of(grid.width)) if dense else (WINDOW.value, WINDOW.value)
+    boxes, image_index = boxes.contiguous(), image_index.contiguous()
+    grid_sizes, output_sizes = on_device(grid.sizes, device), on_device(out.sizes, device)
+    plan = make_plan(image_index, grid_sizes, grid.height, grid.width, num_images, num_tokens, tile)
+    # Only the starts of the regions' cells are of interest here, not their blocks.
+    layout = make_cells(output_sizes, out.height, out.width, boxes.shape[0], cells.shape[0], (1, 1))
+    block = block_of_channels(channels, most=16)
+    programs = (plan.max_tiles, triton.cdiv(channels, block))
+    partial_loss = torch.empty(programs if source == "mse" else 0, dtype=torch.float64, device=device)
+    pull_back_kernel[programs](
+        grad_tokens,
+        partial_loss,
+        cells,
+        cells.stride(-2),
+        cells.stride(0),
+        tokens,
+        0 if tokens is None else tokens.stride(-2),
+        0 if tokens is None else tokens.stride(0),
+        slope,
+        region_scale,
+        scale,
+        boxes,
+        image_index,
+        grid_sizes,
+        grid.height,
+        grid.width,
+        output_sizes,
+        out.height,
+        out.width,
+        layout.start,
+        plan.order,
+        plan.region_start,
+        plan.token_start,
+        plan.tile_start,
+        num_images,
+        num_tokens,
+        channels,
+        SAMPLING_RATIO=sampling_ratio,
+        FROM=source,
+        HAS_REGION_SCALE=region_scale is not None,
+        PACKED=not dense,
+        PACKED_CELLS=output_sizes is not None,
+        TILE_H=tile[0],
+        TILE_W=tile[1],
+        CHANNELS=block,
+        PRECISION=precision(cells.dtype),
+        num_warps=8,
+        num_stages=1,
+    )
+    return partial_loss
+
+
+def tile_of(size: int) -> int:
+    """Side of a tile of tokens: at least what a matrix product takes."""
+    return min(WINDOW.value, max(16, triton.next_power_of_2(size)))
+
+
+def block_of_channels(channels: int, *, most: int) -> int:
+    """Channels of a block."""
+    return min(most, max(8, triton.next_power_of_2(channels)))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied: bfloat16 data has fewer bits than tf32 keeps; other data deserves more."""
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
