@@ -59,14 +59,14 @@ def axis_weights(start, bin_size, samples, size, cell0, cells, line0, M: tl.cons
 @triton.jit
 def first_line(start, bin_size, samples, size, cell):
     """The first grid line that a cell touches, as if it were moved into the image."""
-    t = position(start, bin_size, cell.to(tl.float64), 0, tl.maximum(samples, 1))
+    t = position(start, bin_size, tl.cast(cell, tl.float64), 0, tl.maximum(samples, 1))
     return clamp(t, 0.0, size - 1.0).to(tl.int32)
 
 
 @triton.jit
 def last_line(start, bin_size, samples, size, cell):
     samples = tl.maximum(samples, 1)
-    t = position(start, bin_size, cell.to(tl.float64), samples - 1, samples)
+    t = position(start, bin_size, tl.cast(cell, tl.float64), samples - 1, samples)
     return tl.minimum(clamp(t, 0.0, size - 1.0).to(tl.int32) + 1, size - 1)
 
 

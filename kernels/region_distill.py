@@ -239,6 +239,11 @@ def _by_region(partial: Tensor, cells: Cells, num_regions: int) -> Tensor:
     return sums
 
 
+def _rows(teacher: Tensor) -> Tensor:
+    """The teacher with the channels of a cell side by side, copied only where they are not."""
+    return teacher if teacher.stride(-1) == 1 or teacher.shape[-1] == 1 else teacher.contiguous()
+
+
 def _elements(out: Grids, channels: int, loss: str, device: torch.device) -> Tensor | int:
     """How many terms the mean of each region has."""
     terms = channels if loss == "mse" else 1
@@ -277,6 +282,7 @@ def region_distill(
     if not num_regions or not teacher.numel():
         shape = (num_regions,) if reduction == "none" else ()
         return torch.zeros(shape, dtype=torch.float32, device=device), grad.zero_()
+    teacher = _rows(teacher)
     arguments = (teacher, boxes, image_index, grid, out)
     scale = 1 / (teacher.numel() if loss == "mse" else teacher.numel() // channels)
     region_scale = None
@@ -330,6 +336,7 @@ def region_distill_backward(
     if not boxes.shape[0] or not teacher.numel():
         return grad.zero_()
     grid, out = Grids(grid_sizes, grid_height, grid_width), Grids(output_sizes, output_height, output_width)
+    teacher = _rows(teacher)
     arguments = (teacher, boxes, image_index, grid, out)
     region_scale = (grad_loss / _elements(out, student.shape[-1], loss, student.device)).float().contiguous()
     slope = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase
 from torch import Tensor
 
 from granvit.ops import _dispatch
@@ -157,6 +158,13 @@ def with_reference(op: str) -> list[Any]:
         pytest.param("cpu", "reference", dtype, id=f"cpu-reference-{str(dtype).removeprefix('torch.')}")
         for dtype in DTYPES
     ]
+
+
+def examples(count: int) -> dict[str, Any]:
+    """Hypothesis settings: in Triton's interpreter, where an example takes seconds, few and as they were found."""
+    if not _dispatch.INTERPRETED:
+        return {"max_examples": count, "deadline": None}
+    return {"max_examples": 10, "deadline": None, "phases": (Phase.explicit, Phase.reuse, Phase.generate)}
 
 
 def run_interpreted(file: str, selection: str = "triton and not interpreter") -> None:

@@ -19,6 +19,7 @@ from tests.support import (
     assert_within_budget,
     awkward_boxes,
     dense_case,
+    examples,
     kernel_dtypes,
     kernels,
     packed_case,
@@ -294,7 +295,7 @@ def test_the_same_bits_every_time(device: str, impl: str) -> None:
         assert torch.equal(grad, results[0][1])
 
 
-@settings(max_examples=10 if _dispatch.INTERPRETED else 60, deadline=None)
+@settings(**examples(60))
 @given(data=st.data())
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
 def test_any_boxes_grids_and_counts(device: str, impl: str, data: st.DataObject) -> None:
