@@ -166,15 +166,32 @@ def grad_hidden_kernel(
         BLOCK_R, BLOCK_C, BLOCK_K, EVEN_K,
     )  # fmt: skip
     to_b1 = None if partial_b1 is None else partial_b1 + row_block.to(tl.int64) * num_columns
-    if BLOCK_R * BLOCK_C < 16384:
+    # 64 columns at a time: hidden, activation and slope of a wide tile do not fit the registers beside the sums.
+    if BLOCK_C <= 64:
         _store_grad_hidden(acc, hidden, grad_hidden, activation, to_b1, rows, columns, num_rows, num_columns)
+    elif BLOCK_C == 128:
+        first = column_block * BLOCK_C
+        _store_two(acc, hidden, grad_hidden, activation, to_b1, rows, first, num_rows, num_columns)
     else:
-        # Half of the columns at a time: hidden, activation and slope of a whole tile do not fit the registers.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_R, 2, BLOCK_C // 2)), (0, 2, 1)))
-        columns = column_block * BLOCK_C + tl.arange(0, BLOCK_C // 2)
-        _store_grad_hidden(left, hidden, grad_hidden, activation, to_b1, rows, columns, num_rows, num_columns)
-        columns += BLOCK_C // 2
-        _store_grad_hidden(right, hidden, grad_hidden, activation, to_b1, rows, columns, num_rows, num_columns)
+        tl.static_assert(BLOCK_C == 256)
+        first = column_block * BLOCK_C
+        left, right = _halves(acc)
+        _store_two(left, hidden, grad_hidden, activation, to_b1, rows, first, num_rows, num_columns)
+        _store_two(right, hidden, grad_hidden, activation, to_b1, rows, first + 128, num_rows, num_columns)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_two(acc, hidden, grad_hidden, activation, to_b1, rows, first, num_rows, num_columns):
+    left, right = _halves(acc)
+    columns = first + tl.arange(0, 64)
+    _store_grad_hidden(left, hidden, grad_hidden, activation, to_b1, rows, columns, num_rows, num_columns)
+    _store_grad_hidden(right, hidden, grad_hidden, activation, to_b1, rows, columns + 64, num_rows, num_columns)
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def _embed(
     out: Tensor,
     index: Tensor | None,
 ) -> None:
-    """Writes the tokens into rows `index` of `out` ``(T, D)``, and what GELU is applied to into `hidden` ``(R, D1)``."""
+    """Writes the tokens into rows `index` of `out` ``(T, D)``; what GELU is applied to, into `hidden` ``(R, D1)``."""
     boxes, frequencies, b1, b2 = (t.contiguous() for t in (boxes, frequencies, b1, b2))
     index = None if index is None else index.contiguous()
     num_boxes, num_frequencies = boxes.shape[0], frequencies.shape[1]
@@ -174,7 +174,7 @@ def box_embedding_backward(
     index = None if index is None else index.contiguous()
     num_boxes, hidden_size, size = boxes.shape[0], w1.shape[0], w2.shape[0]
     few = num_boxes <= FEW_BOXES
-    tile = choose_tile(num_boxes, w1.dtype)
+    tile = choose_tile(num_boxes, w1.dtype, _widest(boxes.device))
 
     activation = None
     if any(needed[:4]) or (for_w2 and not few):
@@ -196,8 +196,10 @@ def box_embedding_backward(
             wanted = _wanted(grad_w1, grad_b1, needed[2:4])
             _few_rows(grad_hidden, None, boxes, frequencies, None, num_boxes, *wanted)
     else:
-        if for_b2 or (for_w2 and index is not None):
-            grad = _gather(grad, index, num_boxes, for_w2, grad_b2 if for_b2 else None)
+        # Products of strided matrices add up in another order.
+        copy = for_w2 and (index is not None or not grad.is_contiguous())
+        if for_b2 or copy:
+            grad = _gather(grad, index, num_boxes, copy, grad_b2 if for_b2 else None)
         if for_w2:
             assert activation is not None
             # With out=, autocast leaves the dtypes alone.
@@ -205,7 +207,7 @@ def box_embedding_backward(
         if for_w1:
             torch.mm(grad_hidden.t(), _make_features(boxes, frequencies, w1.dtype), out=grad_w1)
     if for_boxes or for_frequencies:
-        _angle_gradients(grad_hidden, w1, boxes, frequencies, tile, *_wanted(grad_boxes, grad_frequencies, needed[:2]))
+        _angle_gradients(grad_hidden, w1, boxes, frequencies, *_wanted(grad_boxes, grad_frequencies, needed[:2]))
     return grads  # type: ignore[return-value]
 
 
@@ -236,10 +238,10 @@ def _few_rows(
 
 
 def _gather(grad: Tensor, index: Tensor | None, num_boxes: int, copy: bool, grad_b2: Tensor | None) -> Tensor:
-    """The rows of grad at `index`, side by side if `copy`; on the way, the sums of their columns."""
+    """The rows of grad at `index`, side by side with `copy`; on the way, the sums of their columns."""
     size = grad.shape[1]
     block, steps = 16, 8
-    gathered = grad.new_empty((num_boxes, size)) if copy and index is not None else None
+    gathered = grad.new_empty((num_boxes, size)) if copy else None
     programs = triton.cdiv(num_boxes, block * steps)
     partial = None if grad_b2 is None else partial_sums(grad_b2, programs)
     rows_kernel[(programs, triton.cdiv(size, 128))](
@@ -256,13 +258,13 @@ def _angle_gradients(
     w1: Tensor,
     boxes: Tensor,
     frequencies: Tensor,
-    tile: Tile,
     grad_boxes: Tensor | None,
     grad_frequencies: Tensor | None,
 ) -> None:
     """Gradients of boxes ``(R, 4)`` and frequencies ``(4, M)`` from that of the hidden layer ``(R, D1)``."""
     num_boxes, num_frequencies, depth = boxes.shape[0], frequencies.shape[1], w1.shape[0]
     # A frequency has two sums, and a step of it reads twice the weights.
+    tile = choose_tile(num_boxes, w1.dtype)
     tile = tile._replace(columns=max(16, tile.columns // 2), depth=min(64, tile.depth))
     row_blocks, column_blocks = triton.cdiv(num_boxes, tile.rows), triton.cdiv(num_frequencies, tile.columns)
     for_boxes = None if grad_boxes is None else partial_sums(grad_boxes, column_blocks)

@@ -260,8 +260,6 @@ def _fake_backward(
 
 
 _dispatch.declare(_OP)
-_dispatch.register(
-    _OP, "box_embedding", _fake, setup=_setup_forward, backward=_backward, triton_fake=_fake_triton
-)
+_dispatch.register(_OP, "box_embedding", _fake, setup=_setup_forward, backward=_backward, triton_fake=_fake_triton)
 _dispatch.register(_OP, "box_embedding_", _fake_inplace, mutates=("out",))
 _dispatch.register(_OP, "box_embedding_backward", _fake_backward)

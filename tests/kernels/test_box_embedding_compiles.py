@@ -48,9 +48,6 @@ def variants(boxes: int, dtype: torch.dtype, widest: bool) -> Iterator[Variant]:
         del second[name]
     yield "second", kernels.layer_kernel, second, {**constants, "FEATURES": False, "GELU": False}, *launch
 
-    tile = choose_tile(boxes, dtype)
-    blocks = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_K": tile.depth, "EVEN_K": True}
-    launch = (tile.warps, tile.stages)
     grad = {"grad": t, "num_rows": "i32", "grad_rows": "i32", "grad_stride_r": "i32"}
     indexed = {**grad, "index": "*i64"}
     types = {**indexed, "w2": t, "hidden": t, "grad_hidden": t, "depth": "i32", "num_columns": "i32"}
@@ -77,9 +74,10 @@ def variants(boxes: int, dtype: torch.dtype, widest: bool) -> Iterator[Variant]:
 
     types = {**geometry, "grad_hidden": t, "w1": t, "depth": "i32", "w1_stride_k": "i32"}
     types |= {"partial_boxes": "*fp32", "partial_frequencies": "*fp32"}
-    blocks |= {"BLOCK_C": max(16, tile.columns // 2), "BLOCK_K": min(64, tile.depth)}
+    tile = choose_tile(boxes, dtype)
+    blocks |= {"BLOCK_R": tile.rows, "BLOCK_C": max(16, tile.columns // 2), "BLOCK_K": min(64, tile.depth)}
     constants = {**blocks, "w1_stride_c": 1}
-    yield "angle", kernels.angle_kernel, types, constants, *launch
+    yield "angle", kernels.angle_kernel, types, constants, tile.warps, tile.stages
 
     types = {"partial": "*fp32", "out": t, "count": "i32", "size": "i32"}
     yield "sum", _matmul._sum_kernel, types, {"BLOCK_S": 32, "BLOCK": 64}, 4, 3
