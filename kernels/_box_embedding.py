@@ -108,19 +108,39 @@ def layer_kernel(
             x, rows.to(tl.int64) * depth, valid, 1, w, w_stride_k, w_stride_c, columns, depth, num_columns,
             BLOCK_R, BLOCK_C, BLOCK_K, EVEN_K,
         )  # fmt: skip
+    target = rows.to(tl.int64)
+    written = valid
+    if index is not None:
+        target = tl.load(index + rows, mask=valid, other=-1)
+        written = (target >= 0) & (target < out_rows)
+    to = out + target * out_stride
+    if BLOCK_C <= 128:
+        _store_layer(acc, bias, hidden, to, rows, valid, written, columns, num_columns, GELU)
+    else:
+        # Half of the columns at a time: what GELU needs does not fit the registers beside the sums.
+        left, right = _halves(acc)
+        columns = column_block * BLOCK_C + tl.arange(0, BLOCK_C // 2)
+        _store_layer(left, bias, hidden, to, rows, valid, written, columns, num_columns, GELU)
+        _store_layer(right, bias, hidden, to, rows, valid, written, columns + BLOCK_C // 2, num_columns, GELU)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_layer(acc, bias, hidden, to, rows, valid, written, columns, num_columns, GELU: tl.constexpr):
     column_mask = columns < num_columns
     acc += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    mask = valid[:, None] & column_mask[None, :]
     if hidden is not None:
-        tl.store(hidden + rows[:, None].to(tl.int64) * num_columns + columns[None, :], acc, mask=mask)
+        offsets = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+        tl.store(hidden + offsets, acc, mask=valid[:, None] & column_mask[None, :])
     if GELU:
         cdf, _ = normal(acc)
         acc *= cdf
-    target = rows.to(tl.int64)
-    if index is not None:
-        target = tl.load(index + rows, mask=valid, other=-1)
-        mask &= ((target >= 0) & (target < out_rows))[:, None]
-    tl.store(out + target[:, None] * out_stride + columns[None, :], acc, mask=mask)
+    tl.store(to[:, None] + columns[None, :], acc, mask=written[:, None] & column_mask[None, :])
 
 
 @triton.jit
@@ -178,12 +198,6 @@ def grad_hidden_kernel(
         left, right = _halves(acc)
         _store_two(left, hidden, grad_hidden, activation, to_b1, rows, first, num_rows, num_columns)
         _store_two(right, hidden, grad_hidden, activation, to_b1, rows, first + 128, num_rows, num_columns)
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit

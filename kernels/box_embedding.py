@@ -50,6 +50,14 @@ def choose_tile(num_boxes: int, dtype: torch.dtype, widest: bool = False) -> Til
     return Tile(128, 256, 64, 8, 3) if widest and num_boxes > 8192 else Tile(128, 128, 64, 8, 3)
 
 
+def features_tile(tile: Tile) -> Tile:
+    """The tile of the first product where it makes the features itself; its depth counts frequencies.
+
+    Sines and cosines take registers: more warps and shorter steps keep them there.
+    """
+    return tile._replace(depth=min(tile.depth // 2, 1024 // tile.rows), warps=8)
+
+
 def _num_tiles(tile: Tile, rows: int, columns: int) -> int:
     return triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
 
@@ -83,13 +91,13 @@ def _embed(
     fused = num_boxes <= FEW_BOXES
     features = None if fused else _make_features(boxes, frequencies, w1.dtype)
     depth = num_frequencies if fused else 2 * num_frequencies
-    step = tile.depth // 2 if fused else tile.depth  # a frequency has two features
+    first = features_tile(tile) if fused else tile
     activation = torch.empty(num_boxes, hidden_size, dtype=w1.dtype, device=w1.device)
     layer_kernel[(_num_tiles(tile, num_boxes, hidden_size),)](
         boxes, frequencies, features, w1, b1, hidden, activation, None, num_boxes, num_frequencies,
         2 * num_frequencies, hidden_size, num_boxes, *w1.stride(), hidden_size, FEATURES=fused, GELU=True,
-        BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_K=step, EVEN_K=depth % step == 0, num_warps=tile.warps,
-        num_stages=tile.stages,
+        BLOCK_R=first.rows, BLOCK_C=first.columns, BLOCK_K=first.depth, EVEN_K=depth % first.depth == 0,
+        num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     layer_kernel[(_num_tiles(tile, num_boxes, size),)](
         None, None, activation, w2, b2, None, out, index, num_boxes, num_frequencies,

@@ -17,7 +17,7 @@ if _dispatch.INTERPRETED:
 
 from granvit.kernels import _box_embedding as kernels
 from granvit.kernels import _matmul
-from granvit.kernels.box_embedding import FEW_BOXES, choose_tile
+from granvit.kernels.box_embedding import FEW_BOXES, choose_tile, features_tile
 
 SIZES = (1, 96, 1000, 4096, 65536)  # numbers of boxes, one for every tile
 Variant = tuple[str, Any, dict[str, Any], dict[str, Any], int, int]  # name, kernel, types, constants, warps, stages
@@ -36,9 +36,9 @@ def variants(boxes: int, dtype: torch.dtype, widest: bool) -> Iterator[Variant]:
     layer |= {"w_stride_c": "i32", "out_stride": "i32"}
     first = {"w_stride_k": 1, "index": None, "FEATURES": few, "GELU": True, **blocks}
     if few:
-        yield "first", kernels.layer_kernel, {**layer, "hidden": t}, {
-            **first, "x": None, "BLOCK_K": tile.depth // 2
-        }, *launch  # fmt: skip
+        made = features_tile(tile)
+        first |= {"x": None, "BLOCK_K": made.depth}
+        yield "first", kernels.layer_kernel, {**layer, "hidden": t}, first, made.warps, made.stages
     else:
         yield "first", kernels.layer_kernel, {**layer, "hidden": t, "x": t}, first, *launch
         yield "features", kernels.features_kernel, {**geometry, "features": t}, {"BLOCK_R": 16, "BLOCK_M": 64}, 4, 3
