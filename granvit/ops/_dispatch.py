@@ -160,6 +160,7 @@ def register(
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     mutates: tuple[str, ...] = (),
+    triton_fake: Callable[..., Any] | None = None,
 ) -> None:
     """Makes op `name` a citizen of PyTorch, in both namespaces where it has kernels.
 
@@ -170,6 +171,7 @@ def register(
         setup: as in ``torch.library.register_autograd``.
         backward: likewise, but takes the namespace of the op (see :func:`ops`) before everything else.
         mutates: names of arguments that are written to.
+        triton_fake: stands for `fake` where the Triton kernels save something else for their backward.
     """
     namespaces = ["granvit"] if hasattr(torch.ops.granvit, name) else []
     if _why_not(file, "triton", "cuda") is None:
@@ -179,7 +181,8 @@ def register(
         namespaces.append("granvit_triton")
     for namespace in namespaces:
         qualified = f"{namespace}::{name}"
-        torch.library.register_fake(qualified, fake)
+        for_triton = namespace == "granvit_triton" and triton_fake is not None
+        torch.library.register_fake(qualified, triton_fake if for_triton else fake)
         torch.library.register_vmap(qualified, functools.partial(_refuse_vmap, name))
         if backward is not None:
             bound = functools.partial(backward, getattr(torch.ops, namespace))

@@ -210,6 +210,12 @@ def _fake(
     return w1.new_empty((rows, w2.shape[0])), w1.new_empty((saved, w1.shape[0]), dtype=wide)
 
 
+def _fake_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    # On a GPU the saved layer is worth its bytes; stock PyTorch rounds it to the weights' dtype as well.
+    tokens, hidden = _fake(*args)
+    return tokens, hidden.to(tokens.dtype)
+
+
 def _fake_inplace(
     out: Tensor,
     index: Tensor,
@@ -254,6 +260,6 @@ def _fake_backward(
 
 
 _dispatch.declare(_OP)
-_dispatch.register(_OP, "box_embedding", _fake, setup=_setup_forward, backward=_backward)
+_dispatch.register(_OP, "box_embedding", _fake, setup=_setup_forward, backward=_backward, triton_fake=_fake_triton)
 _dispatch.register(_OP, "box_embedding_", _fake_inplace, mutates=("out",))
 _dispatch.register(_OP, "box_embedding_backward", _fake_backward)
