@@ -18,8 +18,9 @@ from torch import Tensor
 from granvit.kernels._regions import clamp, find_tile, load_grid, load_region, make_cells, make_plan, on_device
 
 ROWS = tl.constexpr(16)  # cells along y in a block
-COLUMNS = tl.constexpr(32)  # cells along x in a block
-WINDOW = tl.constexpr(32)  # grid lines in a window, along both axes
+COLUMNS = tl.constexpr(16)  # cells along x in a block
+WINDOW_Y = tl.constexpr(16)  # grid rows in a window
+WINDOW_X = tl.constexpr(16)  # grid columns in a window
 
 
 @triton.jit
@@ -142,26 +143,26 @@ def align_block(
     `y0`, `x0` are the box's edges in grid units, `p0`, `q0`, `c0` the block's first row, column and channel.
     """
     out = tl.zeros((COLUMNS, ROWS * CHANNELS), tl.float32)
-    n = tl.arange(0, WINDOW * CHANNELS)
+    n = tl.arange(0, WINDOW_X * CHANNELS)
     channel = c0 + n % CHANNELS
     top = first_line(y0, bin_y, samples_y, height, p0)
     bottom = last_line(y0, bin_y, samples_y, height, tl.minimum(p0 + ROWS, rows) - 1)
     left = first_line(x0, bin_x, samples_x, width, q0)
     right = last_line(x0, bin_x, samples_x, width, tl.minimum(q0 + COLUMNS, columns) - 1)
-    for window_y in range(top, bottom + 1, WINDOW):
-        a_y = axis_weights(y0, bin_y, samples_y, height, p0, rows, window_y, ROWS, WINDOW)
-        y = window_y + tl.arange(0, WINDOW)
+    for window_y in range(top, bottom + 1, WINDOW_Y):
+        a_y = axis_weights(y0, bin_y, samples_y, height, p0, rows, window_y, ROWS, WINDOW_Y)
+        y = window_y + tl.arange(0, WINDOW_Y)
         # A line that no cell of the block reads is not read either.
         used_y = (tl.max(a_y, 0) > 0) & (y < height)
-        for window_x in range(left, right + 1, WINDOW):
-            a_x = axis_weights(x0, bin_x, samples_x, width, q0, columns, window_x, COLUMNS, WINDOW)
-            used_x = (tl.max(a_x, 0) > 0) & (window_x + tl.arange(0, WINDOW) < width)
+        for window_x in range(left, right + 1, WINDOW_X):
+            a_x = axis_weights(x0, bin_x, samples_x, width, q0, columns, window_x, COLUMNS, WINDOW_X)
+            used_x = (tl.max(a_x, 0) > 0) & (window_x + tl.arange(0, WINDOW_X) < width)
             x = window_x + n // CHANNELS
-            token = first_token + y[:, None] * width + x[None, :]  # [WINDOW, (WINDOW, CHANNELS)]
-            used = used_y[:, None] & per_channel(used_x, WINDOW, CHANNELS)[None, :]
+            token = first_token + y[:, None] * width + x[None, :]  # [WINDOW_Y, (WINDOW_X, CHANNELS)]
+            used = used_y[:, None] & per_channel(used_x, WINDOW_X, CHANNELS)[None, :]
             used = used & (channel < channels)[None, :] & (token < num_tokens)
             values = tl.load(tokens + token * row_stride + channel[None, :], mask=used, other=0.0).to(tl.float32)
-            along_y = swap_axes(product(a_y, values, PRECISION), ROWS, WINDOW, CHANNELS)
+            along_y = swap_axes(product(a_y, values, PRECISION), ROWS, WINDOW_X, CHANNELS)
             out += product(a_x, along_y, PRECISION)
     return out
 
@@ -265,20 +266,8 @@ def pull_back_kernel(
             for p0 in range(p_first, p_last, ROWS):
                 a_y = axis_weights(y0, bin_y, samples_y, height, p0, rows, tile_y, ROWS, TILE_H)
                 for q0 in range(q_first, q_last, COLUMNS):
-                    # [COLUMNS, (ROWS, CHANNELS)]
-                    q = q0 + tl.arange(0, COLUMNS)
-                    n = tl.arange(0, ROWS * CHANNELS)
-                    p = p0 + n // CHANNELS
-                    channel = c0 + n % CHANNELS
-                    cell = p[None, :].to(tl.int64) * columns + q[:, None]
-                    valid = (q < columns)[:, None] & ((p < rows) & (channel < channels))[None, :]
-                    if FROM == "cells":
-                        d = tl.load(region_cells + cell * cell_row_stride + channel[None, :], mask=valid, other=0.0)
-                        d = d.to(tl.float32)
-                    else:
-                        theirs = tl.load(
-                            region_cells + cell * cell_row_stride + channel[None, :], mask=valid, other=0.0
-                        ).to(tl.float32)
+                    ours = tl.zeros((COLUMNS, ROWS * CHANNELS), tl.float32)
+                    if FROM != "cells":
                         ours = align_block(
                             student,
                             token_row_stride,
@@ -301,19 +290,30 @@ def pull_back_kernel(
                             CHANNELS,
                             PRECISION,
                         )
-                        if FROM == "mse":
-                            d = ours - theirs
-                            # The loss of a cell belongs to the tile of the first line that it touches.
-                            home_y = first_line(y0, bin_y, samples_y, height, p0 + tl.arange(0, ROWS))
-                            home_x = first_line(x0, bin_x, samples_x, width, q)
-                            at_home = (home_x // TILE_W * TILE_W == tile_x)[:, None]
-                            at_home &= per_channel(home_y // TILE_H * TILE_H == tile_y, ROWS, CHANNELS)[None, :]
-                            loss += tl.sum(tl.where(at_home & valid, d * d, 0.0)).to(tl.float64) * factor
-                            d = 2 * d
-                        else:
-                            by_ours = tl.load(slope + 2 * (first_cell + cell), mask=valid, other=0.0)
-                            by_theirs = tl.load(slope + 2 * (first_cell + cell) + 1, mask=valid, other=0.0)
-                            d = by_ours * ours + by_theirs * theirs
+                    # [COLUMNS, (ROWS, CHANNELS)]
+                    q = q0 + tl.arange(0, COLUMNS)
+                    n = tl.arange(0, ROWS * CHANNELS)
+                    p = p0 + n // CHANNELS
+                    channel = c0 + n % CHANNELS
+                    cell = p[None, :] * columns + q[:, None]
+                    valid = (q < columns)[:, None] & ((p < rows) & (channel < channels))[None, :]
+                    there = region_cells + cell.to(tl.int64) * cell_row_stride + channel[None, :]
+                    theirs = tl.load(there, mask=valid, other=0.0).to(tl.float32)
+                    if FROM == "cells":
+                        d = theirs
+                    elif FROM == "mse":
+                        d = ours - theirs
+                        # The loss of a cell belongs to the tile of the first line that it touches.
+                        home_y = first_line(y0, bin_y, samples_y, height, p0 + tl.arange(0, ROWS))
+                        home_x = first_line(x0, bin_x, samples_x, width, q)
+                        at_home = (home_x // TILE_W * TILE_W == tile_x)[:, None]
+                        at_home &= per_channel(home_y // TILE_H * TILE_H == tile_y, ROWS, CHANNELS)[None, :]
+                        loss += tl.sum(tl.where(at_home & valid, d * d, 0.0)).to(tl.float64) * factor
+                        d = 2 * d
+                    else:
+                        by_ours = tl.load(slope + 2 * (first_cell + cell), mask=valid, other=0.0)
+                        by_theirs = tl.load(slope + 2 * (first_cell + cell) + 1, mask=valid, other=0.0)
+                        d = by_ours * ours + by_theirs * theirs
                     d *= factor
                     a_x = axis_weights(x0, bin_x, samples_x, width, q0, columns, tile_x, COLUMNS, TILE_W)
                     along_x = product(tl.trans(a_x), d, PRECISION)  # [TILE_W, (ROWS, CHANNELS)]
@@ -377,13 +377,13 @@ def pull_back(
     dense = grid.sizes is None
     num_images = grad_tokens.shape[0] if grid.sizes is None else grid.sizes.shape[0]
     num_tokens = grad_tokens.numel() // channels
-    tile = (tile_of(grid.height), tile_of(grid.width)) if dense else (WINDOW.value, WINDOW.value)
+    tile = tile_of(cells.dtype, grid.height if dense else None)
     boxes, image_index = boxes.contiguous(), image_index.contiguous()
     grid_sizes, output_sizes = on_device(grid.sizes, device), on_device(out.sizes, device)
     plan = make_plan(image_index, grid_sizes, grid.height, grid.width, num_images, num_tokens, tile)
     # Only the starts of the regions' cells are of interest here, not their blocks.
     layout = make_cells(output_sizes, out.height, out.width, boxes.shape[0], cells.shape[0], (1, 1))
-    block = block_of_channels(channels, most=16)
+    block = block_of_channels(channels, cells.dtype, most=32 if source == "cells" else 16)
     programs = (plan.max_tiles, triton.cdiv(channels, block))
     partial_loss = torch.empty(programs if source == "mse" else 0, dtype=torch.float64, device=device)
     pull_back_kernel[programs](
@@ -429,13 +429,15 @@ def pull_back(
     return partial_loss
 
 
-def tile_of(size: int) -> int:
-    """Side of a tile of tokens: at least what a matrix product takes."""
-    return min(WINDOW.value, max(16, triton.next_power_of_2(size)))
+def tile_of(dtype: torch.dtype, height: int | None) -> tuple[int, int]:
+    """Rows and columns of a tile of tokens: what registers hold, and at least the 16 that a matrix product takes."""
+    rows = 32 if precision(dtype) == "tf32" else 16
+    return rows if height is None else min(rows, max(16, triton.next_power_of_2(height))), 16
 
 
-def block_of_channels(channels: int, *, most: int) -> int:
-    """Channels of a block."""
+def block_of_channels(channels: int, dtype: torch.dtype, *, most: int) -> int:
+    """Channels of a block: at most `most`, or half of it where a product in three parts takes more registers."""
+    most = most if precision(dtype) == "tf32" else most // 2
     return min(most, max(8, triton.next_power_of_2(channels)))
 
 

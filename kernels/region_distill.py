@@ -93,7 +93,7 @@ def _compare_kernel(
         q = q0 + tl.arange(0, COLUMNS)
         n = tl.arange(0, ROWS * CHANNELS)
         p = p0 + n // CHANNELS
-        cell = p[None, :].to(tl.int64) * columns + q[:, None]  # [COLUMNS, (ROWS, CHANNELS)]
+        cell = p[None, :] * columns + q[:, None]  # [COLUMNS, (ROWS, CHANNELS)]
         exists = (q < columns)[:, None] & (p < rows)[None, :]
         ours_ours = tl.zeros((COLUMNS, ROWS), tl.float32)
         ours_theirs = tl.zeros((COLUMNS, ROWS), tl.float32)
@@ -101,8 +101,6 @@ def _compare_kernel(
         for c0 in range(0, channels, CHANNELS):
             channel = c0 + n % CHANNELS
             valid = exists & (channel < channels)[None, :]
-            theirs = tl.load(teacher + cell * teacher_row_stride + channel[None, :], mask=valid, other=0.0)
-            theirs = theirs.to(tl.float32)
             ours = align_block(
                 student,
                 row_stride,
@@ -125,6 +123,8 @@ def _compare_kernel(
                 CHANNELS,
                 PRECISION,
             )
+            there = teacher + cell.to(tl.int64) * teacher_row_stride + channel[None, :]
+            theirs = tl.load(there, mask=valid, other=0.0).to(tl.float32)
             if COSINE:
                 ours_ours += _sum_channels(ours * ours, CHANNELS)
                 ours_theirs += _sum_channels(ours * theirs, CHANNELS)
@@ -193,7 +193,7 @@ def _compare(
     cells = make_cells(sizes, out.height, out.width, boxes.shape[0], num_cells, (ROWS.value, COLUMNS.value))
     partial = torch.empty(cells.max_blocks, dtype=torch.float64, device=device)
     slope = torch.empty(num_cells if with_slope else 0, 2, dtype=torch.float32, device=device)
-    block = block_of_channels(channels, most=32)
+    block = block_of_channels(channels, student.dtype, most=32)
     _compare_kernel[(cells.max_blocks,)](
         partial,
         slope,

@@ -137,7 +137,7 @@ def roi_align(
     sizes = on_device(output_sizes, tokens.device)
     cells = make_cells(sizes, output_height, output_width, num_regions, num_cells, (ROWS.value, COLUMNS.value))
     boxes, image_index = boxes.contiguous(), image_index.contiguous()
-    block = block_of_channels(channels, most=32)
+    block = block_of_channels(channels, tokens.dtype, most=32)
     _forward_kernel[(cells.max_blocks, triton.cdiv(channels, block))](
         out,
         tokens,
