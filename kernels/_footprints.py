@@ -98,7 +98,7 @@ def load_log_cover(log_cover, r):
 
 @triton.jit
 def cell_log_cover(y, x, rows, columns, top, bottom, left, right):
-    """log2 of the relative coverage of cells (y, x), counted from the footprint's corner: 0 but on its outermost lines."""
+    """log2 of the relative coverage of cells, counted from the footprint's corner: 0 but on its outermost lines."""
     return (
         tl.where(y == 0, top, 0.0)
         + tl.where(y == rows - 1, bottom, 0.0)

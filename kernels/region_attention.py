@@ -36,6 +36,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 # Where a running maximum starts: unlike -inf, its difference from a score of -inf is a number.
 LOWEST = tl.constexpr(-3.0e38)
+REGIONS_AT_A_GLANCE = 64
 
 
 @triton.jit
@@ -73,10 +74,38 @@ def _row_products(a, a_rest, b, b_rest, REST: tl.constexpr):
 
 
 @triton.jit
+def _halves(rows):
+    """Even and odd columns: their neighbours in registers stay neighbours."""
+    return tl.split(tl.reshape(rows, (rows.shape[0], rows.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _dot_128(a, b):
+    if a.dtype == tl.float32 and a.shape[1] > 64:
+        a_even, a_odd = _halves(a)
+        b_even, b_odd = _halves(b)
+        even = tl.dot(a_even, tl.trans(b_even), input_precision="ieee")
+        return even + tl.dot(a_odd, tl.trans(b_odd), input_precision="ieee")
+    else:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
+def _dot_256(a, b):
+    """Products of all rows; in float32 no sum runs over more than 64 terms, because its rounding grows with each."""
+    if a.dtype == tl.float32 and a.shape[1] > 128:
+        a_even, a_odd = _halves(a)
+        b_even, b_odd = _halves(b)
+        return _dot_128(a_even, b_even) + _dot_128(a_odd, b_odd)
+    else:
+        return _dot_128(a, b)
+
+
+@triton.jit
 def _products(cells, cells_rest, rows, rows_rest, REST: tl.constexpr, MANY: tl.constexpr):
     """Products of all cells with all rows of queries, (cells, queries)."""
     if MANY:
-        product = tl.dot(cells, tl.trans(rows), input_precision="ieee")
+        product = _dot_256(cells, rows)
         if REST:
             product = tl.dot(cells_rest, tl.trans(rows_rest), product, input_precision="ieee")
     else:
@@ -85,9 +114,7 @@ def _products(cells, cells_rest, rows, rows_rest, REST: tl.constexpr, MANY: tl.c
 
 
 @triton.jit
-def _no_total(
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, MANY: tl.constexpr
-):
+def _no_total(MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, MANY: tl.constexpr):
     """Totals of each query, transposed because its products are the larger tiles; of each cell for a single query."""
     rest: tl.constexpr = REST if REST else 1
     if MANY:
@@ -121,12 +148,12 @@ def _query_rows(total, MANY: tl.constexpr):
 
 
 @triton.jit
-def _spread(total, weights, rows, MANY: tl.constexpr):
-    """Adds weighted rows of queries to totals of cells."""
+def _spread(total, weights, rows, covered, MANY: tl.constexpr):
+    """Adds weighted rows of queries to totals of covered cells; weights of others are zero."""
     if MANY:
         return tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee")
     else:
-        return total + weights * rows.to(tl.float32)
+        return total + tl.where(covered[:, None], weights * rows.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -180,7 +207,11 @@ def _forward_kernel(
     r = (pid // heads // query_blocks).to(tl.int64)
     q = (pid // heads % query_blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     footprint = footprints + r * FIELDS
-    row, column, columns = tl.load(footprint + ROW), tl.load(footprint + COLUMN), tl.load(footprint + COLUMNS).to(tl.int32)
+    row, column, columns = (
+        tl.load(footprint + ROW),
+        tl.load(footprint + COLUMN),
+        tl.load(footprint + COLUMNS).to(tl.int32),
+    )
     rows, width = tl.load(footprint + ROWS).to(tl.int32), tl.load(footprint + WIDTH)
     image, token = tl.load(footprint + IMAGE), tl.load(footprint + TOKEN)
     top, bottom, left, right = load_log_cover(log_cover, r)
@@ -198,10 +229,7 @@ def _forward_kernel(
         values, values_rest = _load_rows(value_start, tokens * value_stride, valid, DIM, MAIN, REST)
         bias = tl.where(valid, cell_log_cover(y, x, rows, columns, top, bottom, left, right), -float("inf"))
         score = _products(keys, keys_rest, rows_q, rows_q_rest, REST, MANY) * scale_log2 + bias[:, None]
-        if MANY:
-            higher = tl.maximum(maximum, tl.max(score, 0)[None, :])
-        else:
-            higher = tl.maximum(maximum, score)
+        higher = tl.maximum(maximum, tl.max(score, 0)[None, :] if MANY else score)
         shrink = tl.exp2(maximum - higher)
         weight = tl.exp2(score - higher)
         weight_sum = weight_sum * shrink + weight
@@ -254,7 +282,11 @@ def _query_gradient_kernel(
     r = (pid // heads // query_blocks).to(tl.int64)
     q = (pid // heads % query_blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     footprint = footprints + r * FIELDS
-    row, column, columns = tl.load(footprint + ROW), tl.load(footprint + COLUMN), tl.load(footprint + COLUMNS).to(tl.int32)
+    row, column, columns = (
+        tl.load(footprint + ROW),
+        tl.load(footprint + COLUMN),
+        tl.load(footprint + COLUMNS).to(tl.int32),
+    )
     rows, width = tl.load(footprint + ROWS).to(tl.int32), tl.load(footprint + WIDTH)
     image, token = tl.load(footprint + IMAGE), tl.load(footprint + TOKEN)
     top, bottom, left, right = load_log_cover(log_cover, r)
@@ -383,23 +415,25 @@ def _token_gradient_kernel(
                 outputs, outputs_rest = _load_rows(output, offsets, q < queries, DIM, MAIN, REST)
                 delta = _row_products(grads, grads_rest, outputs, outputs_rest, REST)
                 high, low = _load_lse(lse, (r * heads + head) * queries + q, q < queries)
-                # 0 * NaN would reach tokens of the run that the region does not cover: a query in which anything is not
-                # finite turns to zeros, with weights of NaN where it belongs.
+                # 0 * NaN would reach tokens of the run that the region does not cover. For matrix products, a query in
+                # which anything is not finite turns to zeros, with weights of NaN where it belongs.
                 sound = (tl.abs(delta) < float("inf")) & (tl.abs(high) < float("inf"))
-                rows_q, grads = tl.where(sound[:, None], rows_q, 0.0), tl.where(sound[:, None], grads, 0.0)
-                if REST:
-                    rows_q_rest = tl.where(sound[:, None], rows_q_rest, 0.0)
-                    grads_rest = tl.where(sound[:, None], grads_rest, 0.0)
+                if MANY:
+                    rows_q, grads = tl.where(sound[:, None], rows_q, 0.0), tl.where(sound[:, None], grads, 0.0)
+                    if REST:
+                        rows_q_rest = tl.where(sound[:, None], rows_q_rest, 0.0)
+                        grads_rest = tl.where(sound[:, None], grads_rest, 0.0)
                 score = _products(keys, keys_rest, rows_q, rows_q_rest, REST, MANY) * scale_log2 + bias[:, None]
-                weight = tl.where(sound[None, :], tl.exp2(score - high[None, :] - low[None, :]), float("nan"))
-                weight = tl.where(covered[:, None], weight, 0.0)
+                weight = tl.where(covered[:, None], tl.exp2(score - high[None, :] - low[None, :]), 0.0)
+                if MANY:
+                    weight = tl.where(covered[:, None] & ~sound[None, :], float("nan"), weight)
                 slope = _products(values, values_rest, grads, grads_rest, REST, MANY) - delta[None, :]
                 slope = tl.where(covered[:, None], weight * slope, 0.0)
-                value_total = _spread(value_total, weight, grads, MANY)
-                key_total = _spread(key_total, slope, rows_q, MANY)
+                value_total = _spread(value_total, weight, grads, covered, MANY)
+                key_total = _spread(key_total, slope, rows_q, covered, MANY)
                 if REST:
-                    value_total_rest = _spread(value_total_rest, weight, grads_rest, MANY)
-                    key_total_rest = _spread(key_total_rest, slope, rows_q_rest, MANY)
+                    value_total_rest = _spread(value_total_rest, weight, grads_rest, covered, MANY)
+                    key_total_rest = _spread(key_total_rest, slope, rows_q_rest, covered, MANY)
 
     _store_rows(grad_key + head * DIM, own, keep, key_total * scale, key_total_rest * scale, DIM, MAIN, REST)
     _store_rows(grad_value + head * DIM, own, keep, value_total, value_total_rest, DIM, MAIN, REST)
@@ -481,9 +515,7 @@ def region_attention(
     num_tokens = key.shape[0] * (1 if grids is not None else key.shape[1])
     if num_tokens == 0:
         return output.fill_(math.nan), lse.fill_(-math.inf)
-    footprints, log_cover = make_footprints(
-        boxes, image_index, grids, grid_height, grid_width, num_images, num_tokens
-    )
+    footprints, log_cover = make_footprints(boxes, image_index, grids, grid_height, grid_width, num_images, num_tokens)
     launch = _launch(dim, queries, query.element_size())
     query_blocks = triton.cdiv(queries, launch["BLOCK_Q"])
     _forward_kernel[(regions * heads * query_blocks,)](
@@ -553,9 +585,7 @@ def region_attention_backward(
         return (grad_query.fill_(math.nan) if for_query else grad_query), grad_key, grad_value
     grad, output, lse = grad.contiguous(), output.contiguous(), lse.contiguous()
     boxes, image_index = boxes.contiguous(), image_index.contiguous()
-    footprints, log_cover = make_footprints(
-        boxes, image_index, grids, grid_height, grid_width, num_images, num_tokens
-    )
+    footprints, log_cover = make_footprints(boxes, image_index, grids, grid_height, grid_width, num_images, num_tokens)
     strides = _strides(query, key, value, grids is not None)
     if for_query:
         launch = _launch(dim, queries, query.element_size())
@@ -581,9 +611,7 @@ def region_attention_backward(
         )
     if for_tokens:
         launch = _launch(dim, queries, query.element_size(), by_token=True)
-        plan = make_plan(
-            image_index, grids, grid_height, grid_width, num_images, num_tokens, (launch["BLOCK_N"], 0)
-        )
+        plan = make_plan(image_index, grids, grid_height, grid_width, num_images, num_tokens, (launch["BLOCK_N"], 0))
         _token_gradient_kernel[(plan.max_tiles * heads,)](
             grad,
             query,
@@ -610,7 +638,7 @@ def region_attention_backward(
             scale,
             scale * LOG2_E.value,
             **launch,
-            BLOCK_R=64,
+            BLOCK_R=REGIONS_AT_A_GLANCE,
             PACKED=grids is not None,
         )
     return grad_query, grad_key, grad_value
