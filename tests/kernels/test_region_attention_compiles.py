@@ -42,7 +42,7 @@ def compile_attention(name: str, arch: int, dtype: torch.dtype, dim: int, querie
     if queries == 1:  # a launch makes constants of arguments that are 1
         constants["queries"] = 1
         del types["queries"]
-    return compile_for(getattr(kernels, f"_{name}_kernel"), arch, types, constants, num_warps, num_stages)
+    return compile_for(getattr(kernels, f"{name}_kernel"), arch, types, constants, num_warps, num_stages)
 
 
 @pytest.mark.parametrize("queries", [1, 16])
