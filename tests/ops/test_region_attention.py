@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from granvit import reference
-from granvit.ops import region_attention
+from granvit.ops import _dispatch, region_attention
 from granvit.reference._regions import geometry_dtype
 from granvit.reference.region_attention import cell_weights
 from tests.support import (
@@ -29,20 +29,24 @@ from tests.support import (
     kernel_dtypes,
     kernels,
     packed_case,
+    run_interpreted,
 )
 
+# In Triton's slow interpreter there are fewer heads, regions and shapes, but as many draws.
+FEW = _dispatch.INTERPRETED
+IMAGES, REGIONS = (1, 9) if FEW else (3, 12)
 KERNELS = kernels("region_attention")
 KERNEL_DTYPES = kernel_dtypes("region_attention")
 needs_cpu = pytest.mark.skipif(("cpu", "cpu") not in KERNELS, reason="the CPU kernels were not built")
 
 CASES: dict[str, Callable[[], Case]] = {
-    "one cell": lambda: dense_case(1, 1),
-    "one row": lambda: dense_case(1, 37),
-    "one column": lambda: dense_case(23, 1),
-    "odd": lambda: dense_case(7, 9),
-    "larger": lambda: dense_case(20, 33, images=2),
-    "packed": packed_case,
-    "packed, one image": lambda: packed_case(images=1),
+    "one cell": lambda: dense_case(1, 1, images=IMAGES, regions=REGIONS),
+    "one row": lambda: dense_case(1, 37, images=IMAGES, regions=REGIONS),
+    "one column": lambda: dense_case(23, 1, images=IMAGES, regions=REGIONS),
+    "odd": lambda: dense_case(7, 9, images=IMAGES, regions=REGIONS),
+    "larger": lambda: dense_case(9, 15, images=1) if FEW else dense_case(20, 33, images=2),
+    "packed": lambda: packed_case(images=2, regions=9, largest=12) if FEW else packed_case(),
+    "packed, one image": lambda: packed_case(images=1, regions=6) if FEW else packed_case(images=1),
     "no regions": lambda: dense_case(4, 5, regions=0),
     "no regions, packed": lambda: packed_case(regions=0),
 }
@@ -122,25 +126,30 @@ def check(
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "impl", "dtype"), KERNEL_DTYPES)
 def test_matches_reference(poisoned: None, device: str, impl: str, dtype: torch.dtype, case: str) -> None:
-    check(CASES[case], 3, 2, 24, dtype, device, impl)
+    check(CASES[case], 3, 1 if FEW else 2, 24, dtype, device, impl)
 
 
-@pytest.mark.parametrize("queries", [1, 4, 16, 17])
-@pytest.mark.parametrize("dim", [8, 24, 64, 72, 256])
+SHAPES = [(queries, dim) for dim in (8, 24, 64, 72, 256) for queries in (1, 4, 16, 17)]
+
+
+@pytest.mark.parametrize(
+    ("queries", "dim"), [(4, 8), (1, 24), (16, 64), (1, 72), (17, 72), (1, 256), (4, 256)] if FEW else SHAPES
+)
 @pytest.mark.parametrize(("device", "impl", "dtype"), KERNEL_DTYPES)
 def test_head_dims_and_queries(
     poisoned: None, device: str, impl: str, dtype: torch.dtype, dim: int, queries: int
 ) -> None:
-    check(lambda: dense_case(6, 11, images=2, regions=10), queries, 3, dim, dtype, device, impl)
+    images, regions, heads = (1, 5, 1) if FEW else (2, 10, 3)
+    check(lambda: dense_case(6, 11, images=images, regions=regions), queries, heads, dim, dtype, device, impl)
 
 
 @pytest.mark.parametrize(("device", "impl", "dtype"), KERNEL_DTYPES)
 def test_views_are_read_in_place(poisoned: None, device: str, impl: str, dtype: torch.dtype) -> None:
     """A fused projection of tokens behind a class token, and a probe expanded over the regions."""
-    heads, dim = 4, 24
+    heads, dim = 2 if FEW else 4, 24
 
     def draw() -> list[Comparison]:
-        case = dense_case(5, 8)
+        case = dense_case(5, 8, images=2, regions=4) if FEW else dense_case(5, 8)
         fused = torch.randn(case.num_images, 1 + 40, 3, heads, dim, device=device).to(dtype).requires_grad_()
         probe = torch.randn(1, 2, heads, dim, device=device).to(dtype).requires_grad_()
 
@@ -203,17 +212,38 @@ def test_non_finite_tokens_stay_with_their_regions(device: str, impl: str) -> No
     assert grad_query[1].isfinite().all()
 
 
-@pytest.mark.parametrize("magnitude", [0.0, 1.0, 30.0, 3e3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("argument", ["grad", "query"])
+def test_non_finite_queries_stay_with_their_regions(device: str, impl: str, queries: int, argument: str) -> None:
+    """Tokens that such a region does not cover keep their gradients, even beside those that it covers."""
+    case = dense_case(3, 8, images=1, boxes=torch.tensor([[0.0, 0.0, 0.3, 1.0], [0.5, 0.0, 1.0, 1.0]]))
+    case.image_index = torch.zeros(2, dtype=torch.long)
+    tensors = inputs(case, queries, 1, 24, torch.float32, device)
+    grad = torch.randn_like(tensors[0])
+    clean = with_gradients(lambda t: run(case, t, impl), tensors, grad)
+    with torch.no_grad():
+        (grad if argument == "grad" else tensors[0])[0, 0, 0, 3] = torch.inf
+    soiled = with_gradients(lambda t: run(case, t, impl), tensors, grad)
+    columns = torch.arange(24) % 8
+    assert not soiled[2][0, columns < 3].isfinite().all()
+    for a, b in zip(clean[2:], soiled[2:], strict=True):
+        assert torch.equal(a[0, columns >= 3], b[0, columns >= 3])
+    assert torch.equal(clean[1][1], soiled[1][1])
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1.0, 30.0, 3e3])
+@pytest.mark.parametrize(
+    ("device", "impl", "dtype"), [p for p in KERNEL_DTYPES if p.values[2] in (torch.float32, torch.bfloat16)]
+)
 def test_scores_of_any_size(device: str, impl: str, dtype: torch.dtype, magnitude: float) -> None:
     """Equal scores, and scores so large that all but one weight underflow.
 
     A score that is off by d changes each weight by a factor of exp(d), hence an average of values by at most
     exp(2 d) - 1 times the largest of them; d is a few roundings of the largest score in float32.
     """
-    case = dense_case(9, 11, regions=40)
-    tensors = inputs(case, 2, 2, 24, dtype, device)
+    case = dense_case(9, 11, images=1, regions=20) if FEW else dense_case(9, 11, regions=40)
+    tensors = inputs(case, 2, 1 if FEW else 2, 24, dtype, device)
     with torch.no_grad():
         tensors[0] *= magnitude
     query, key, value = (t.detach().cpu().double() for t in tensors)
@@ -230,8 +260,8 @@ def test_scores_of_any_size(device: str, impl: str, dtype: torch.dtype, magnitud
 
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
 def test_scale(device: str, impl: str) -> None:
-    case = dense_case(6, 7)
-    tensors = inputs(case, 2, 2, 16, torch.float64 if device == "cpu" else torch.float32, device)
+    case = dense_case(6, 7, images=2, regions=REGIONS)
+    tensors = inputs(case, 2, 1, 16, torch.float64 if impl == "cpu" else torch.float32, device)
     for scale in (0.0, -0.7, 2, 0.25):
         grad = torch.randn_like(tensors[0])
         ours = with_gradients(lambda t, s=scale: run(case, t, impl, scale=s), tensors, grad)
@@ -282,7 +312,7 @@ def test_gradients_of_some(poisoned: None, device: str, impl: str, wanted: tuple
         assert t.grad is None or torch.equal(t.grad, full)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12 if FEW else 60, deadline=None)
 @given(
     data=st.data(),
     grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
@@ -346,20 +376,22 @@ def test_second_derivative_is_refused() -> None:
         torch.autograd.grad(run(case, tensors).square().sum(), tensors[:1], create_graph=True)
 
 
-@needs_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["odd", "packed", "no regions"])
-def test_opcheck(dtype: torch.dtype, case: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "impl", "dtype"), [p for p in KERNEL_DTYPES if p.values[2] in (torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize("case", ["one row", "packed", "no regions"])
+def test_opcheck(device: str, impl: str, dtype: torch.dtype, case: str) -> None:
     drawn = CASES[case]()
-    query, key, value = inputs(drawn, 2, 2, 8, dtype)
+    ops = _dispatch.ops(impl)
+    query, key, value = inputs(drawn, 2, 1 if FEW else 2, 8, dtype, device)
     grid = (None, *drawn.grid_size) if not isinstance(drawn.grid_size, Tensor) else (drawn.grid_size, 0, 0)
-    where = (drawn.boxes, drawn.image_index, *grid, 0.3)
-    torch.library.opcheck(torch.ops.granvit.region_attention, (query, key, value, *where))
+    where = (drawn.boxes.to(device), drawn.image_index.to(device), *grid, 0.3)
+    torch.library.opcheck(ops.region_attention.default, (query, key, value, *where))
     detached = [t.detach() for t in (query, key, value)]
-    output, lse = torch.ops.granvit.region_attention(*detached, *where)
+    output, lse = ops.region_attention(*detached, *where)
     for flags in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            torch.ops.granvit.region_attention_backward,
+            ops.region_attention_backward.default,
             (torch.randn_like(output), *detached, output, lse, *where, *flags),
         )
 
@@ -465,6 +497,34 @@ def test_order_of_regions_does_not_matter_to_their_output() -> None:
     order = torch.randperm(30)
     shuffled = Case(case.grid_size, case.num_images, case.boxes[order], case.image_index[order])
     assert torch.equal(run(case, [query, key, value])[order], run(shuffled, [query[order], key, value]))
+
+
+@pytest.mark.parametrize(("device", "impl"), [kernel for kernel in KERNELS if kernel[1] != "cpu"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_wild_values_are_clamped(device: str, impl: str, packed: bool) -> None:
+    """Values on a device are not checked, but lead to no other memory."""
+    case = packed_case(images=3) if packed else dense_case(5, 8)
+    query, key, value = (t.detach() for t in inputs(case, 2, 2, 8, torch.float32, device))
+    nan = torch.nan
+    wild = torch.tensor(
+        [[nan, nan, nan, nan], [-9.0, -9.0, 1e30, torch.inf], [0.75, 0.75, 0.25, 0.25], [5.0, 5.0, 7.0, 7.0]]
+    )
+    tame = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    grid = (case.grid_size.to(device), 0, 0) if isinstance(case.grid_size, Tensor) else (None, *case.grid_size)
+
+    def results(boxes: Tensor, index: list[int]) -> list[Tensor]:
+        where = (boxes.to(device), torch.tensor(index, device=device), *grid, 0.3)
+        output, lse = _dispatch.ops(impl).region_attention(query[:4], key, value, *where)
+        backward = _dispatch.ops(impl).region_attention_backward
+        return [output, *backward(output, query[:4], key, value, output, lse, *where, True, True)]
+
+    for a, b in zip(results(wild, [-7, 1, 2**40, 3]), results(tame, [0, 1, 2, 2]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(FEW, reason="this is the interpreter")
+def test_triton_in_the_interpreter() -> None:
+    run_interpreted(__file__)
 
 
 ISA_SCRIPT = """
