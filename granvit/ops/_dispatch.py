@@ -24,7 +24,7 @@ IMPLS = ("cuda", "triton", "cpu", "reference")
 # In the order in which impl=None tries them, for a device type.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _UNAVAILABLE: dict[tuple[str, str, str], str | None] = {}  # (op, impl, device type) -> why not
-_VALUE_ERROR = "granvit value error: "  # csrc/cpu/host.h
+_VALUE_ERROR = "granvit value error: "  # csrc/arguments.h
 
 # Read once: reading the environment inside a compiled graph would not be traced.
 DEFAULT_IMPL = os.environ.get("GRANVIT_IMPL") or None
