@@ -111,6 +111,15 @@ inline bool aligned(const void* data, int64_t element_size, int64_t channels, st
   return whole;
 }
 
+// Calls body(std::integral_constant<int, kVec>) with the widest access that all rows allow.
+template <typename T, typename Body>
+void with_vector(bool wide, Body&& body) {
+  if (wide)
+    body(std::integral_constant<int, kWide<T>>{});
+  else
+    body(std::integral_constant<int, 1>{});
+}
+
 inline unsigned grid_blocks(const char* op, int64_t blocks) {
   expect(blocks <= 0x7fffffff, op, ": ", blocks, " blocks are more than a launch can have");
   return static_cast<unsigned>(blocks);

@@ -32,6 +32,11 @@ struct RegionCounts {
   int64_t work;
 };
 
+// For ops without cells and work items.
+struct NoCounts {
+  __device__ __forceinline__ RegionCounts operator()(int64_t) const { return {0, 0}; }
+};
+
 constexpr int kPlanThreads = 256;
 
 // Sum of `value` over the threads before this one, and over all of them. Every thread of the block takes part.

@@ -6,15 +6,6 @@
 namespace granvit::cuda {
 namespace {
 
-// Calls body(std::integral_constant<int, kVec>) with the widest access that all rows allow.
-template <typename T, typename Body>
-void with_vector(bool wide, Body&& body) {
-  if (wide)
-    body(std::integral_constant<int, kWide<T>>{});
-  else
-    body(std::integral_constant<int, 1>{});
-}
-
 Outputs make_outputs(const RegionArguments& a, const RegionInputs& inputs, const Plan& plan) {
   return {inputs.output_sizes, plan.cell_start, static_cast<int>(a.output_height), static_cast<int>(a.output_width)};
 }

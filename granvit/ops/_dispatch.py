@@ -66,7 +66,10 @@ def _why_not(op: str, impl: str, device_type: str) -> str | None:
 
 
 def _has_kernel(op: str, key: str) -> bool:
-    return hasattr(torch.ops.granvit, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"granvit::{op}", key)
+    """Whether an op can run; one without its backward cannot, or a gradient would fail where another kernel has it."""
+    names = [name for name in (op, f"{op}_backward") if name == op or hasattr(torch.ops.granvit, name)]
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return hasattr(torch.ops.granvit, op) and all(has(f"granvit::{name}", key) for name in names)
 
 
 def unavailable(op: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:

@@ -225,12 +225,3 @@ def test_wrong_input_is_named(ops: Any, change: dict[int, Any], text: str) -> No
         call[position] = value
     with pytest.raises(RuntimeError, match=f"granvit value error: .*{text}|{text}"):
         ops.roi_align(*call)
-
-
-@pytest.mark.skipif(cuda_emulation.SANITIZE, reason="this is the process that this test starts")
-def test_no_access_outside_tensors_and_shared_memory() -> None:
-    """Some of these tests again, under the address sanitizer."""
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    selection = "hostile or packed or strided or device or (reference and (37 or 24))"
-    run = cuda_emulation.run_sanitized(*command, "-k", selection)
-    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,16 @@ def test_the_opposite_order_shows_a_missing_barrier(ops: Any) -> None:
     with cuda_emulation.switched("reverse_order"):
         backwards = ops.misbehave(torch.zeros(1), MISSING_BARRIER)
     assert not torch.equal(forwards, backwards)
+
+
+@pytest.mark.skipif(cuda_emulation.SANITIZE, reason="this is the process that this test starts")
+def test_no_access_outside_tensors_and_shared_memory() -> None:
+    """Tests of every op again, under the address sanitizer."""
+    files = map(str, sorted(Path(__file__).parent.glob("test_emulated_*.py")))
+    options = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    selection = "hostile or strided or views or device or bits or more_regions"
+    run = cuda_emulation.run_sanitized("-m", "pytest", *options, *files, "-k", selection)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
 
 
 def test_the_sanitizer_sees_shared_memory() -> None:
