@@ -97,6 +97,5 @@ def test_no_kernel_spills(library: Path) -> None:
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
         assert numbers["STACK"] == numbers["LOCAL"] == 0, f"{name} keeps {numbers} bytes in local memory"
         assert numbers["REG"] <= REGISTERS_A_THREAD, f"{name}: {numbers}"
-        assert numbers["SHARED"] <= 1024, (
-            f"{name} has static shared memory, which the emulation cannot poison: {numbers}"
-        )
+        # sm_90 keeps 1 KiB for itself; more would be static, which the emulation cannot poison.
+        assert numbers["SHARED"] <= 1024, f"{name}: {numbers}"
