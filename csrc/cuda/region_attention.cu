@@ -21,8 +21,8 @@ void launch_attention(const char* op, RegionAttentionArgs<T> args, const Tensor&
   std::optional<Tensor> memory;
   if (args.max_parts > 1) {
     memory = torch::stable::new_empty(like, {rows * (args.dim + 2)}, ScalarType::Float);
-    args.part_softmax = static_cast<float2*>(memory->mutable_data_ptr());
-    args.part_output = reinterpret_cast<float*>(args.part_softmax + rows);
+    args.part_output = static_cast<float*>(memory->mutable_data_ptr());
+    args.part_softmax = reinterpret_cast<float2*>(args.part_output + rows * args.dim);
   }
   launch(op, region_attention_kernel<T, kVec, kQueries>,
          dim3(grid_blocks(op, count * args.max_parts), shape.groups, static_cast<unsigned>(query_blocks)),

@@ -227,8 +227,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) region_attention_kernel(
     } else {
       const int64_t part_row = (r * a.max_parts + part) * a.queries + first_query + q;
       float* to = a.part_output + part_row * a.heads * a.dim + channel;
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) to[c] = sum[q][c];
+      store_floats(to, sum[q]);
       if (first_lane) a.part_softmax[part_row * a.heads + first_head + head] = state;
     }
   }

@@ -77,16 +77,31 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
   if constexpr (kVec == 1) {
     *to = narrow<T>(from[0]);
   } else {
-    uint4 bits;
-    if constexpr (sizeof(T) == 4) {
-      memcpy(&bits, from, sizeof(bits));
-    } else {
-      typename Pair<T>::Type pairs[kVec / 2];
+    // An intrinsic, because the compiler takes assignments of uint4 apart and does not always join them again.
+    unsigned words[4];
 #pragma unroll
-      for (int i = 0; i < kVec / 2; ++i) pairs[i] = Pair<T>::narrow(from[2 * i], from[2 * i + 1]);
-      memcpy(&bits, pairs, sizeof(bits));
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        memcpy(&words[i], &from[i], sizeof(unsigned));
+      } else {
+        const auto pair = Pair<T>::narrow(from[2 * i], from[2 * i + 1]);
+        memcpy(&words[i], &pair, sizeof(unsigned));
+      }
     }
-    *reinterpret_cast<uint4*>(to) = bits;
+    __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
+// Unrounded; 16 bytes at a time where kVec allows.
+template <int kVec>
+__device__ __forceinline__ void store_floats(float* to, const float (&from)[kVec]) {
+  if constexpr (kVec % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += 4)
+      __stwb(reinterpret_cast<float4*>(to + i), make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) to[i] = from[i];
   }
 }
 

@@ -58,6 +58,11 @@ T __ldg(const T* p) {
   return *p;
 }
 
+template <typename T>
+void __stwb(T* p, T x) {
+  *p = x;
+}
+
 #define EMULATION_STRING_(x) #x
 #define EMULATION_STRING(x) EMULATION_STRING_(x)
 #define EMULATION_SITE __FILE__ ":" EMULATION_STRING(__LINE__)
