@@ -24,7 +24,7 @@ IMPLS = ("cuda", "triton", "cpu", "reference")
 # In the order in which impl=None tries them, for a device type.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _UNAVAILABLE: dict[tuple[str, str, str], str | None] = {}  # (op, impl, device type) -> why not
-_VALUE_ERROR = "granvit value error: "  # csrc/cpu/host.h
+_VALUE_ERROR = "granvit value error: "  # csrc/arguments.h
 
 # Read once: reading the environment inside a compiled graph would not be traced.
 DEFAULT_IMPL = os.environ.get("GRANVIT_IMPL") or None
@@ -66,7 +66,10 @@ def _why_not(op: str, impl: str, device_type: str) -> str | None:
 
 
 def _has_kernel(op: str, key: str) -> bool:
-    return hasattr(torch.ops.granvit, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"granvit::{op}", key)
+    """Whether an op can run; one without its backward cannot, or a gradient would fail where another kernel has it."""
+    names = [name for name in (op, f"{op}_backward") if name == op or hasattr(torch.ops.granvit, name)]
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return hasattr(torch.ops.granvit, op) and all(has(f"granvit::{name}", key) for name in names)
 
 
 def unavailable(op: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:

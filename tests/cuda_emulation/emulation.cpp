@@ -1,0 +1,194 @@
+#include "emulation.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+// Tests set these through ctypes. Threads and blocks in the opposite order: a kernel whose results change lacks a
+// barrier.
+extern "C" {
+__attribute__((visibility("default"))) int emulation_reverse_order = 0;
+__attribute__((visibility("default"))) int emulation_integers_on_device = 0;
+}
+
+emulation::Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kMaxSharedBytes = 227 << 10;  // what a block may ask for on sm_90
+
+enum class State { kReady, kBarrier, kWarp, kDone };
+
+struct Fiber {
+  Dim3 thread;
+  State state = State::kDone;
+  const char* site = nullptr;          // of the barrier that it waits at
+  WarpOperation* operation = nullptr;  // that it waits for
+  bool running = false;                // has a frame of the loop below on its stack
+  jmp_buf resume;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+};
+
+std::vector<Fiber> fibers;
+jmp_buf scheduler;
+Fiber* current = nullptr;
+const std::function<void()>* body = nullptr;
+std::unique_ptr<unsigned char[]> shared;
+std::string message;
+std::mutex one_launch_at_a_time;
+
+// setjmp and longjmp, because swapcontext makes a system call every time.
+__attribute__((noinline)) void yield() {
+  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+}
+
+void fiber_main() {
+  for (;;) {  // the fiber is used again by later blocks
+    (*body)();
+    current->state = State::kDone;
+    yield();
+  }
+}
+
+__attribute__((noinline)) void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.thread;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.running) _longjmp(fiber.resume, 1);
+  fiber.running = true;
+  if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  setcontext(&fiber.context);
+}
+
+bool fail(const std::string& what, const Fiber& fiber) {
+  const auto text = [](Dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  message = "CUDA emulation: thread " + text(fiber.thread) + " of block " + text(blockIdx) + ": " + what;
+  return false;
+}
+
+// Completes the operations of one warp whose lanes have all arrived. Returns false where none could be.
+bool complete_warp(Fiber* warp, int lanes) {
+  bool any = false;
+  for (int lane = 0; lane < lanes; ++lane) {
+    if (warp[lane].state != State::kWarp) continue;
+    const WarpOperation& first = *warp[lane].operation;
+    bool complete = true;
+    for (int other = 0; other < kWarp; ++other)
+      if (first.mask >> other & 1)
+        complete = complete && other < lanes && warp[other].state == State::kWarp &&
+                   std::strcmp(warp[other].operation->site, first.site) == 0 &&
+                   warp[other].operation->mask == first.mask;
+    if (!complete) continue;
+    any = true;
+    const uint32_t mask = first.mask;
+    uint32_t ballot = 0;
+    for (int i = 0; i < lanes; ++i)
+      if (mask >> i & 1 && warp[i].operation->operand[0] != 0) ballot |= 1u << i;
+    for (int i = 0; i < lanes; ++i) {
+      if (!(mask >> i & 1)) continue;
+      WarpOperation& operation = *warp[i].operation;
+      // What a lane outside the mask would give is undefined: poison.
+      if (mask >> operation.source & 1)
+        std::memcpy(operation.result, warp[operation.source].operation->operand, operation.bytes);
+      else
+        std::memset(operation.result, 0xff, operation.bytes);
+      operation.ballot = ballot;
+    }
+    for (int i = 0; i < lanes; ++i)
+      if (mask >> i & 1) warp[i].state = State::kReady;
+  }
+  return any;
+}
+
+bool release_barrier(unsigned threads) {
+  const Fiber& first = fibers[0];
+  for (unsigned i = 0; i < threads; ++i) {
+    const Fiber& fiber = fibers[i];
+    if (fiber.state == State::kWarp)
+      return fail(std::string("waits at ") + fiber.operation->site + " for lanes of its warp that do not come", fiber);
+    if (fiber.state == State::kDone) return fail("exited while others wait at a barrier", fiber);
+    if (std::strcmp(fiber.site, first.site) != 0)
+      return fail(std::string("waits at ") + fiber.site + ", others at " + first.site, fiber);
+  }
+  for (unsigned i = 0; i < threads; ++i) fibers[i].state = State::kReady;
+  return true;
+}
+
+bool run_block(unsigned threads) {
+  for (;;) {
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[emulation_reverse_order ? threads - 1 - i : i];
+      if (fiber.state == State::kReady) resume(fiber);
+    }
+    bool ready = false, done = true;
+    for (unsigned i = 0; i < threads; i += kWarp)
+      ready = complete_warp(&fibers[i], std::min<int>(kWarp, threads - i)) || ready;
+    for (unsigned i = 0; i < threads; ++i) done = done && fibers[i].state == State::kDone;
+    if (done) return true;
+    if (!ready && !release_barrier(threads)) return false;
+  }
+}
+
+}  // namespace
+
+unsigned char* shared_memory() { return shared.get(); }
+
+void barrier(const char* site) {
+  current->site = site;
+  current->state = State::kBarrier;
+  yield();
+}
+
+void warp_operation(WarpOperation& operation) {
+  current->operation = &operation;
+  current->state = State::kWarp;
+  yield();
+}
+
+const char* launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const bool valid = threads >= 1 && threads <= kMaxThreads && blocks >= 1 && grid.x <= 0x7fffffffu &&
+                     grid.y <= 65535 && grid.z <= 65535 && shared_bytes <= kMaxSharedBytes;
+  if (!valid) return "CUDA emulation: invalid configuration argument";
+  if (fibers.size() < threads) fibers.resize(threads);  // fibers are between blocks: nothing points into them
+  body = &thread;
+  blockDim = block;
+  gridDim = grid;
+  shared.reset(new unsigned char[shared_bytes]);  // exactly: the address sanitizer sees an index beyond it
+  for (uint64_t n = 0; n < blocks; ++n) {
+    const uint64_t at = emulation_reverse_order ? blocks - 1 - n : n;
+    blockIdx = Dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
+    std::memset(shared.get(), 0xff, shared_bytes);  // NaN in every floating type
+    for (unsigned i = 0; i < threads; ++i) {
+      fibers[i].thread = Dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
+      fibers[i].state = State::kReady;
+    }
+    if (!run_block(threads)) {
+      // Fibers that were left in the middle of a kernel cannot be resumed; they start on their stacks anew.
+      for (Fiber& fiber : fibers) fiber.running = false;
+      return message.c_str();
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace emulation

@@ -1,0 +1,41 @@
+// The CUDA execution model on one host thread, for tests: the threads of a block are fibers that take turns at barriers
+// and warp operations, blocks run one after another. Semantics, not speed: what a GPU would leave undefined is an error
+// here wherever it can be seen.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace emulation {
+
+struct Dim3 {
+  unsigned x, y, z;
+  constexpr Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// A warp operation moves at most this many bytes a lane.
+constexpr int kOperandBytes = 16;
+constexpr int kWarp = 32;
+
+// One lane's part in a warp operation. `site` tells operations apart; `source` is the lane whose operand it wants.
+struct WarpOperation {
+  const char* site;
+  uint32_t mask;
+  int source;
+  int bytes;
+  unsigned char operand[kOperandBytes];
+  unsigned char result[kOperandBytes];
+  uint32_t ballot;  // lanes whose operand's first byte is not zero
+};
+
+void barrier(const char* site);
+void warp_operation(WarpOperation& operation);  // returns once every lane of the mask has come to the same site
+unsigned char* shared_memory();
+
+// Runs `thread` once for every thread of the grid. Returns null, or what went wrong.
+const char* launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+}  // namespace emulation
+
+// Of the thread that runs.
+extern emulation::Dim3 threadIdx, blockIdx, blockDim, gridDim;
