@@ -41,7 +41,8 @@ def region_attention(
         value: like `key`.
         boxes: ``(R, 4)`` float32, ``x0 y0 x1 y1`` relative to the image, 0 to 1. Treated as constant.
         image_index: ``(R,)`` integer, the image of each box. Any order, any number of boxes an image.
-        grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)`` on the CPU.
+        grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)``, on the
+            CPU or on the device of the tokens.
         scale: factor of the scores; None is ``1 / sqrt(dim)``.
         impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None picks the best that can run.
 

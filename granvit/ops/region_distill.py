@@ -44,8 +44,9 @@ def region_distill_loss(
             The dtype of `student`. Gets no gradient.
         boxes: ``(R, 4)`` float32, ``x0 y0 x1 y1`` relative to the image, 0 to 1. Treated as constant.
         image_index: ``(R,)`` integer, the image of each box.
-        grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)`` on the CPU.
-        output_size: the teacher's grid: one integer or ``(h, w)``, or an integer tensor ``(R, 2)`` on the CPU.
+        grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)``, on the
+            CPU or on the device of the tokens.
+        output_size: the teacher's grid: one integer or ``(h, w)``, or an integer tensor ``(R, 2)``, likewise.
         loss: ``"mse"`` or ``"cosine"``.
         reduction: ``"mean"`` over all elements (cosine: cells), ``"none"`` for the mean of each region, ``(R,)``.
         weight: ``(R,)``, with ``reduction="mean"``: the loss is the weighted mean of the regions' means, and 0 where

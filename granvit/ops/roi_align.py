@@ -33,8 +33,9 @@ def roi_align(
             bfloat16, float16 or float64. Rows may be strided; a last dimension that is not contiguous is copied.
         boxes: ``(R, 4)`` float32, ``x0 y0 x1 y1`` relative to the image, 0 to 1. Treated as constant.
         image_index: ``(R,)`` integer, the image of each box. Any order, any number of boxes an image.
-        grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)`` on the CPU.
-        output_size: cells of every region as one integer or ``(h, w)``; or an integer tensor ``(R, 2)`` on the CPU with
+        grid_size: ``(H, W)`` of every image, or for packed tokens an integer tensor ``(B, 2)``, on the
+            CPU or on the device of the tokens.
+        output_size: cells of every region as one integer or ``(h, w)``; or an integer tensor ``(R, 2)`` (likewise) with
             a grid of its own per region.
         sampling_ratio: samples a cell along each axis; 0 takes one per grid unit that the cell spans, rounded up.
         impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None picks the best that can run.
