@@ -168,11 +168,53 @@ def align_block(
 
 
 @triton.jit
-def load_axes(boxes, image_index, r, num_images, grids, grid_height, grid_width, PACKED: tl.constexpr):
-    """Edges of region r in the grid units of its image (float64), and the image with its grid."""
+def load_axes(
+    r,
+    boxes,
+    image_index,
+    num_images,
+    grids,
+    grid_height,
+    grid_width,
+    outputs,
+    output_height,
+    output_width,
+    SAMPLING_RATIO: tl.constexpr,
+    PACKED: tl.constexpr,
+    PACKED_CELLS: tl.constexpr,
+):
+    """Region r's image and its grid, then per axis: edge and bin in grid units (float64), samples a cell, cells."""
     x0, y0, x1, y1, image = load_region(boxes, image_index, r, num_images)
     height, width = load_grid(grids, image, grid_height, grid_width, PACKED)
-    return x0 * width, y0 * height, x1 * width, y1 * height, image, height, width
+    rows, columns = load_grid(outputs, r, output_height, output_width, PACKED_CELLS)
+    # As the reference rounds, so that no sample falls to the other side of an edge.
+    top, left = y0 * height, x0 * width
+    bin_y = (y1 * height - top) / rows
+    bin_x = (x1 * width - left) / columns
+    samples_y = samples_per_cell(bin_y, SAMPLING_RATIO)
+    samples_x = samples_per_cell(bin_x, SAMPLING_RATIO)
+    return image, height, width, top, bin_y, samples_y, rows, left, bin_x, samples_x, columns
+
+
+@triton.jit
+def load_image(tokens, image_stride, token_start, image, height, width, num_tokens, PACKED: tl.constexpr):
+    """Where an image's tokens lie: the pointer and its first and last token from there (int64, exclusive)."""
+    if PACKED:
+        first = tl.load(token_start + image)
+        return tokens, first, tl.minimum(first + height * width, num_tokens)
+    else:
+        first = tl.zeros((), tl.int64)
+        return tokens + image.to(tl.int64) * image_stride, first, first + height * width
+
+
+@triton.jit
+def locate_block(block_start, num_regions, output_height, output_width, PACKED_CELLS: tl.constexpr):
+    """The region and the number of this program's block of cells there; beyond the last block, `num_regions`."""
+    if PACKED_CELLS:
+        return find_tile(block_start, num_regions, tl.program_id(0), 256)
+    else:
+        blocks = ((output_height + ROWS - 1) // ROWS) * ((output_width + COLUMNS - 1) // COLUMNS)
+        return tl.program_id(0) // blocks, tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -233,25 +275,28 @@ def pull_back_kernel(
         tile_y = tile // tiles_x * TILE_H
         tile_x = tile % tiles_x * TILE_W
         first_token = tl.load(token_start + image)
-        student = tokens
-        student_first = first_token
-        if FROM != "cells" and not PACKED:
-            student = tokens + image.to(tl.int64) * token_image_stride
-            student_first = tl.zeros((), tl.int64)
-        student_tokens = student_first + height * width
-        if PACKED:
-            student_tokens = tl.minimum(student_tokens, num_tokens)
+        if FROM != "cells":
+            student, student_first, student_last = load_image(
+                tokens, token_image_stride, token_start, image, height, width, num_tokens, PACKED
+            )
         grad = tl.zeros((TILE_H, TILE_W * CHANNELS), tl.float32)
         for i in range(tl.load(region_start + image), tl.load(region_start + image + 1)):
             r = tl.load(order + i)
-            x0, y0, x1, y1, _, _, _ = load_axes(
-                boxes, image_index, r, num_images, grids, grid_height, grid_width, PACKED
+            _, _, _, y0, bin_y, samples_y, rows, x0, bin_x, samples_x, columns = load_axes(
+                r,
+                boxes,
+                image_index,
+                num_images,
+                grids,
+                grid_height,
+                grid_width,
+                outputs,
+                output_height,
+                output_width,
+                SAMPLING_RATIO,
+                PACKED,
+                PACKED_CELLS,
             )
-            rows, columns = load_grid(outputs, r, output_height, output_width, PACKED_CELLS)
-            bin_y = (y1 - y0) / rows
-            bin_x = (x1 - x0) / columns
-            samples_y = samples_per_cell(bin_y, SAMPLING_RATIO)
-            samples_x = samples_per_cell(bin_x, SAMPLING_RATIO)
             factor = scale
             if HAS_REGION_SCALE:
                 factor = tl.load(region_scale + r)
@@ -272,7 +317,7 @@ def pull_back_kernel(
                             student,
                             token_row_stride,
                             student_first,
-                            student_tokens,
+                            student_last,
                             height,
                             width,
                             y0,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granvit.kernels._regions import Cells, find_tile, load_grid, make_cells, make_plan, on_device
+from granvit.kernels._regions import Cells, make_cells, make_plan, on_device
 from granvit.kernels._resample import (
     COLUMNS,
     ROWS,
@@ -15,9 +15,10 @@ from granvit.kernels._resample import (
     align_block,
     block_of_channels,
     load_axes,
+    load_image,
+    locate_block,
     precision,
     pull_back,
-    samples_per_cell,
 )
 
 NORM_FLOOR = tl.constexpr(1e-8)  # as torch.cosine_similarity
@@ -60,30 +61,30 @@ def _compare_kernel(
 
     With HAS_SLOPE also what the gradient of each cell's cosine is made of, see pull_back_kernel.
     """
-    if PACKED_CELLS:
-        r, block = find_tile(block_start, num_regions, tl.program_id(0), 256)
-    else:
-        blocks = ((output_height + ROWS - 1) // ROWS) * ((output_width + COLUMNS - 1) // COLUMNS)
-        r = tl.program_id(0) // blocks
-        block = tl.program_id(0) % blocks
+    r, block = locate_block(block_start, num_regions, output_height, output_width, PACKED_CELLS)
     total = tl.zeros((), tl.float64)
     if r < num_regions:
-        x0, y0, x1, y1, image, height, width = load_axes(
-            boxes, image_index, r, num_images, grids, grid_height, grid_width, PACKED
+        image, height, width, y0, bin_y, samples_y, rows, x0, bin_x, samples_x, columns = load_axes(
+            r,
+            boxes,
+            image_index,
+            num_images,
+            grids,
+            grid_height,
+            grid_width,
+            outputs,
+            output_height,
+            output_width,
+            SAMPLING_RATIO,
+            PACKED,
+            PACKED_CELLS,
         )
-        rows, columns = load_grid(outputs, r, output_height, output_width, PACKED_CELLS)
-        bin_y = (y1 - y0) / rows
-        bin_x = (x1 - x0) / columns
         blocks_x = (columns + COLUMNS - 1) // COLUMNS
         p0 = block // blocks_x * ROWS
         q0 = block % blocks_x * COLUMNS
-        if PACKED:
-            first_token = tl.load(token_start + image)
-            last_token = tl.minimum(first_token + height * width, num_tokens)
-        else:
-            student += image.to(tl.int64) * image_stride
-            first_token = tl.zeros((), tl.int64)
-            last_token = first_token + height * width
+        student, first_token, last_token = load_image(
+            student, image_stride, token_start, image, height, width, num_tokens, PACKED
+        )
         if PACKED_CELLS:
             first_cell = tl.load(cell_start + r)
             teacher += first_cell * teacher_row_stride
@@ -110,10 +111,10 @@ def _compare_kernel(
                 width,
                 y0,
                 bin_y,
-                samples_per_cell(bin_y, SAMPLING_RATIO),
+                samples_y,
                 x0,
                 bin_x,
-                samples_per_cell(bin_x, SAMPLING_RATIO),
+                samples_x,
                 p0,
                 rows,
                 q0,

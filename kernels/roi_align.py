@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granvit.kernels._regions import find_tile, load_grid, make_cells, make_plan, on_device
+from granvit.kernels._regions import make_cells, make_plan, on_device
 from granvit.kernels._resample import (
     COLUMNS,
     ROWS,
@@ -14,9 +14,10 @@ from granvit.kernels._resample import (
     align_block,
     block_of_channels,
     load_axes,
+    load_image,
+    locate_block,
     precision,
     pull_back,
-    samples_per_cell,
 )
 
 
@@ -48,29 +49,29 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     c0 = tl.program_id(1) * CHANNELS
-    if PACKED_CELLS:
-        r, block = find_tile(block_start, num_regions, tl.program_id(0), 256)
-    else:
-        blocks = ((output_height + ROWS - 1) // ROWS) * ((output_width + COLUMNS - 1) // COLUMNS)
-        r = tl.program_id(0) // blocks
-        block = tl.program_id(0) % blocks
+    r, block = locate_block(block_start, num_regions, output_height, output_width, PACKED_CELLS)
     if r < num_regions:
-        x0, y0, x1, y1, image, height, width = load_axes(
-            boxes, image_index, r, num_images, grids, grid_height, grid_width, PACKED
+        image, height, width, y0, bin_y, samples_y, rows, x0, bin_x, samples_x, columns = load_axes(
+            r,
+            boxes,
+            image_index,
+            num_images,
+            grids,
+            grid_height,
+            grid_width,
+            outputs,
+            output_height,
+            output_width,
+            SAMPLING_RATIO,
+            PACKED,
+            PACKED_CELLS,
         )
-        rows, columns = load_grid(outputs, r, output_height, output_width, PACKED_CELLS)
-        bin_y = (y1 - y0) / rows
-        bin_x = (x1 - x0) / columns
         blocks_x = (columns + COLUMNS - 1) // COLUMNS
         p0 = block // blocks_x * ROWS
         q0 = block % blocks_x * COLUMNS
-        if PACKED:
-            first_token = tl.load(token_start + image)
-            last_token = tl.minimum(first_token + height * width, num_tokens)
-        else:
-            tokens += image.to(tl.int64) * image_stride
-            first_token = tl.zeros((), tl.int64)
-            last_token = first_token + height * width
+        tokens, first_token, last_token = load_image(
+            tokens, image_stride, token_start, image, height, width, num_tokens, PACKED
+        )
         values = align_block(
             tokens,
             row_stride,
@@ -80,10 +81,10 @@ def _forward_kernel(
             width,
             y0,
             bin_y,
-            samples_per_cell(bin_y, SAMPLING_RATIO),
+            samples_y,
             x0,
             bin_x,
-            samples_per_cell(bin_x, SAMPLING_RATIO),
+            samples_x,
             p0,
             rows,
             q0,
