@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granvit.kernels._pull_back import pull_back
 from granvit.kernels._regions import Cells, make_cells, make_plan, on_device
 from granvit.kernels._resample import (
     COLUMNS,
@@ -18,7 +19,6 @@ from granvit.kernels._resample import (
     load_image,
     locate_block,
     precision,
-    pull_back,
 )
 
 NORM_FLOOR = tl.constexpr(1e-8)  # as torch.cosine_similarity

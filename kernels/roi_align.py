@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granvit.kernels._pull_back import pull_back
 from granvit.kernels._regions import make_cells, make_plan, on_device
 from granvit.kernels._resample import (
     COLUMNS,
@@ -17,7 +18,6 @@ from granvit.kernels._resample import (
     load_image,
     locate_block,
     precision,
-    pull_back,
 )
 
 

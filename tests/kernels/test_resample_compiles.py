@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if _dispatch.INTERPRETED:
     pytest.skip("nothing is compiled in Triton's interpreter", allow_module_level=True)
 
-from granvit.kernels import _regions, _resample, region_distill, roi_align
+from granvit.kernels import _pull_back, _regions, _resample, region_distill, roi_align
 
 STRIDES = ("row_stride", "image_stride", "token_row_stride", "token_image_stride")
 POINTERS = {
@@ -61,13 +61,13 @@ def test_pull_back(source: str, dtype: torch.dtype, arch: int) -> None:
     constants = constants_of(
         source == "mse", dtype, _resample.block_of_channels(1152, dtype, most=32 if source == "cells" else 16)
     )
-    height, width = _resample.tile_of(dtype, 64)
+    height, width = _pull_back.tile_of(dtype, 64)
     constants |= {"FROM": source, "HAS_REGION_SCALE": source == "cosine", "TILE_H": height, "TILE_W": width}
     if source == "cells":
         constants |= {"tokens": None}
     if source != "cosine":
         constants |= {"slope": None, "region_scale": None}
-    check(_resample.pull_back_kernel, arch, dtype, constants, 8)
+    check(_pull_back.pull_back_kernel, arch, dtype, constants, 8)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
