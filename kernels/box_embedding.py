@@ -177,7 +177,7 @@ def box_embedding_backward(
     if boxes.shape[0] == 0:
         for g in grads:
             g.zero_()
-        return grads  # type: ignore[return-value]
+        return grad_boxes, grad_frequencies, grad_w1, grad_b1, grad_w2, grad_b2
     boxes, frequencies, hidden = boxes.contiguous(), frequencies.contiguous(), hidden.contiguous()
     index = None if index is None else index.contiguous()
     num_boxes, hidden_size, size = boxes.shape[0], w1.shape[0], w2.shape[0]
@@ -216,7 +216,7 @@ def box_embedding_backward(
             torch.mm(grad_hidden.t(), _make_features(boxes, frequencies, w1.dtype), out=grad_w1)
     if for_boxes or for_frequencies:
         _angle_gradients(grad_hidden, w1, boxes, frequencies, *_wanted(grad_boxes, grad_frequencies, needed[:2]))
-    return grads  # type: ignore[return-value]
+    return grad_boxes, grad_frequencies, grad_w1, grad_b1, grad_w2, grad_b2
 
 
 def _wanted(first: Tensor, second: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -108,7 +109,8 @@ def assert_within_budget(draw: Callable[[], Iterable[Comparison]], draws: int = 
             assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
             if stock.dtype == torch.float64:
                 atol = float64 * float(exact.abs().max()) if exact.numel() else 0.0
-                torch.testing.assert_close(ours, exact, rtol=float64, atol=atol, msg=lambda text: f"{what}: {text}")  # noqa: B023
+                named = functools.partial("{}: {}".format, what)
+                torch.testing.assert_close(ours, exact, rtol=float64, atol=atol, msg=named)
                 continue
             error = (ours.double() - exact.double()).abs()
             stock_error = (stock.double() - exact.double()).abs()
