@@ -91,6 +91,21 @@ def products(cells, cells_rest, rows, rows_rest, REST: tl.constexpr, MANY: tl.co
 
 
 @triton.jit
+def matching_products(a, a_rest, b, b_rest, REST: tl.constexpr, MANY: tl.constexpr):
+    """Products of each row of a with the same row of b, added up in the order of `products`.
+
+    What the gradient of a softmax subtracts from such products is then exactly one of them where one cell has all the
+    weight: the difference is zero, as it should be, and not two roundings apart.
+    """
+    product = products(a, a_rest, b, b_rest, REST, MANY)
+    if MANY:
+        i = tl.arange(0, a.shape[0])
+        return tl.sum(tl.where(i[:, None] == i[None, :], product, 0.0), 0)
+    else:
+        return tl.sum(product, 1)
+
+
+@triton.jit
 def no_total(MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, MANY: tl.constexpr):
     """Totals of each query, transposed because its products are the larger tiles; of each cell for a single query."""
     rest: tl.constexpr = REST if REST else 1

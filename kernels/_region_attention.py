@@ -18,10 +18,10 @@ from granvit.kernels._attention_tiles import (
     gather,
     load_lse,
     load_rows,
+    matching_products,
     no_total,
     products,
     query_rows,
-    row_products,
     spread,
     store_rows,
     walk,
@@ -125,6 +125,9 @@ def query_gradient_kernel(
     footprints,
     log_cover,
     grad_query,
+    lse_high,
+    lse_low,
+    delta,
     region_stride,
     query_stride,
     key_image_stride,
@@ -143,6 +146,7 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     MANY: tl.constexpr,
+    FOR_QUERY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     head = pid % heads
@@ -165,8 +169,14 @@ def query_gradient_kernel(
     rows_q, rows_q_rest = load_rows(query_start, q.to(tl.int64) * query_stride, q < queries, DIM, MAIN, REST)
     grads, grads_rest = load_rows(grad + own, offsets, q < queries, DIM, MAIN, REST)
     outputs, outputs_rest = load_rows(output + own, offsets, q < queries, DIM, MAIN, REST)
-    delta = row_products(grads, grads_rest, outputs, outputs_rest, REST)
-    high, low = load_lse(lse, (r * heads + head) * queries + q, q < queries)
+    mean_slope = matching_products(outputs, outputs_rest, grads, grads_rest, REST, MANY)
+    of_query = (r * heads + head) * queries + q
+    high, low = load_lse(lse, of_query, q < queries)
+    tl.store(lse_high + of_query, high, mask=q < queries)
+    tl.store(lse_low + of_query, low, mask=q < queries)
+    tl.store(delta + of_query, mean_slope, mask=q < queries)
+    if not FOR_QUERY:
+        return
     total, total_rest = no_total(MAIN, REST, BLOCK_N, BLOCK_Q, MANY)
 
     for first in range(0, rows * columns, BLOCK_N):
@@ -176,7 +186,7 @@ def query_gradient_kernel(
         bias = tl.where(valid, cell_log_cover(y, x, rows, columns, top, bottom, left, right), -float("inf"))
         score = products(keys, keys_rest, rows_q, rows_q_rest, REST, MANY) * scale_log2 + bias[:, None]
         weight = tl.exp2(score - high[None, :] - low[None, :])
-        slope = weight * (products(values, values_rest, grads, grads_rest, REST, MANY) - delta[None, :])
+        slope = weight * (products(values, values_rest, grads, grads_rest, REST, MANY) - mean_slope[None, :])
         total, total_rest = gather(total, total_rest, slope, keys, keys_rest, REST, MANY)
 
     total, total_rest = query_rows(total, MANY) * scale, query_rows(total_rest, MANY) * scale
@@ -189,8 +199,9 @@ def token_gradient_kernel(
     query,
     key,
     value,
-    output,
-    lse,
+    lse_high,
+    lse_low,
+    delta,
     grids,
     order,
     region_start,
@@ -273,26 +284,25 @@ def token_gradient_kernel(
             bias = cell_log_cover(from_y, from_x, rows, columns, top, bottom, left, right)
             for first in range(0, queries, BLOCK_Q):
                 q = first + tl.arange(0, BLOCK_Q)
-                from_query = query + r * region_stride + head * DIM
-                offsets = r * queries * heads * DIM + head * DIM + q.to(tl.int64) * heads * DIM
-                rows_q, rows_q_rest = load_rows(from_query, q.to(tl.int64) * query_stride, q < queries, DIM, MAIN, REST)
-                grads, grads_rest = load_rows(grad, offsets, q < queries, DIM, MAIN, REST)
-                outputs, outputs_rest = load_rows(output, offsets, q < queries, DIM, MAIN, REST)
-                delta = row_products(grads, grads_rest, outputs, outputs_rest, REST)
-                high, low = load_lse(lse, (r * heads + head) * queries + q, q < queries)
+                keep_q = q < queries
+                of_query = (r * heads + head) * queries + q
+                high = tl.load(lse_high + of_query, mask=keep_q, other=0.0)
+                low = tl.load(lse_low + of_query, mask=keep_q, other=0.0)
+                mean_slope = tl.load(delta + of_query, mask=keep_q, other=0.0)
                 # 0 * NaN would reach tokens of the run that the region does not cover. For matrix products, a query in
-                # which anything is not finite turns to zeros, with weights of NaN where it belongs.
-                sound = (tl.abs(delta) < float("inf")) & (tl.abs(high) < float("inf"))
+                # which anything is not finite is read as zeros, with weights of NaN where it belongs.
+                sound = (tl.abs(mean_slope) < float("inf")) & (tl.abs(high) < float("inf"))
                 if MANY:
-                    rows_q, grads = tl.where(sound[:, None], rows_q, 0.0), tl.where(sound[:, None], grads, 0.0)
-                    if REST:
-                        rows_q_rest = tl.where(sound[:, None], rows_q_rest, 0.0)
-                        grads_rest = tl.where(sound[:, None], grads_rest, 0.0)
+                    keep_q = keep_q & sound
+                from_query = query + r * region_stride + head * DIM
+                rows_q, rows_q_rest = load_rows(from_query, q.to(tl.int64) * query_stride, keep_q, DIM, MAIN, REST)
+                offsets = ((r * queries + q) * heads + head) * DIM
+                grads, grads_rest = load_rows(grad, offsets, keep_q, DIM, MAIN, REST)
                 score = products(keys, keys_rest, rows_q, rows_q_rest, REST, MANY) * scale_log2 + bias[:, None]
                 weight = tl.where(covered[:, None], tl.exp2(score - high[None, :] - low[None, :]), 0.0)
                 if MANY:
                     weight = tl.where(covered[:, None] & ~sound[None, :], float("nan"), weight)
-                slope = products(values, values_rest, grads, grads_rest, REST, MANY) - delta[None, :]
+                slope = products(values, values_rest, grads, grads_rest, REST, MANY) - mean_slope[None, :]
                 slope = tl.where(covered[:, None], weight * slope, 0.0)
                 value_total = spread(value_total, weight, grads, covered, MANY)
                 key_total = spread(key_total, slope, rows_q, covered, MANY)

@@ -43,7 +43,7 @@ def _launch(dim: int, queries: int, itemsize: int, by_token: bool = False) -> di
         "BLOCK_N": min(max(cells, 16), 64),
         "BLOCK_Q": 16 if many else 1,
         "MANY": many,
-        "num_warps": 8 if crowded or main + rest > 80 else 4,
+        "num_warps": 8 if crowded or main + rest > 80 or (by_token and many) else 4,
         "num_stages": 1 if by_token else 2,
     }
 
@@ -165,28 +165,33 @@ def region_attention_backward(
     boxes, image_index = boxes.contiguous(), image_index.contiguous()
     footprints, log_cover = make_footprints(boxes, image_index, grids, grid_height, grid_width, num_images, num_tokens)
     strides = _strides(query, key, value, grids is not None)
-    if for_query:
-        launch = _launch(dim, queries, query.element_size())
-        query_blocks = triton.cdiv(queries, launch["BLOCK_Q"])
-        query_gradient_kernel[(regions * heads * query_blocks,)](
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            footprints,
-            log_cover,
-            grad_query,
-            *strides,
-            num_tokens,
-            heads,
-            queries,
-            query_blocks,
-            scale,
-            scale * LOG2_E.value,
-            **launch,
-        )
+    launch = _launch(dim, queries, query.element_size())
+    query_blocks = triton.cdiv(queries, launch["BLOCK_Q"])
+    # For the tokens' gradients: lse in two floats, and what the softmax's gradient subtracts.
+    lse_high, lse_low, delta = (lse.new_empty(lse.shape, dtype=torch.float32) for _ in range(3))
+    query_gradient_kernel[(regions * heads * query_blocks,)](
+        grad,
+        query,
+        key,
+        value,
+        output,
+        lse,
+        footprints,
+        log_cover,
+        grad_query,
+        lse_high,
+        lse_low,
+        delta,
+        *strides,
+        num_tokens,
+        heads,
+        queries,
+        query_blocks,
+        scale,
+        scale * LOG2_E.value,
+        **launch,
+        FOR_QUERY=for_query,
+    )
     if for_tokens:
         launch = _launch(dim, queries, query.element_size(), by_token=True)
         plan = make_plan(image_index, grids, grid_height, grid_width, num_images, num_tokens, (launch["BLOCK_N"], 0))
@@ -195,8 +200,9 @@ def region_attention_backward(
             query,
             key,
             value,
-            output,
-            lse,
+            lse_high,
+            lse_low,
+            delta,
             grids,
             plan.order,
             plan.region_start,

@@ -108,7 +108,7 @@ typedef float f32x4 __attribute__((vector_size(16)));
 GRANVIT_INLINE f32x4 fold(const f32x16& x) {
   f32x4 quarter[4];
   std::memcpy(quarter, &x, sizeof x);
-  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);  // in the order of sum_lanes
 }
 template <int kCount>
 GRANVIT_INLINE void sum_each(const f32x16 (&x)[kCount], float* sums) {

@@ -23,12 +23,18 @@ def compile_attention(name: str, arch: int, dtype: torch.dtype, dim: int, querie
     by_token = name == "token_gradient"
     constants = kernels._launch(dim, queries, dtype.itemsize, by_token)
     num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
-    tensors = {"forward": [], "query_gradient": ["grad", "grad_query"], "token_gradient": ["grad", "grad_key"]}[name]
-    types = dict.fromkeys(["query", "key", "value", "output", *tensors], "*" + TYPES[dtype])
+    tensors = {
+        "forward": ["output"],
+        "query_gradient": ["output", "grad", "grad_query"],
+        "token_gradient": ["grad", "grad_key"],
+    }[name]
+    types = dict.fromkeys(["query", "key", "value", *tensors], "*" + TYPES[dtype])
     types |= {"lse": "*fp64", "footprints": "*i64", "log_cover": "*fp32", "scale_log2": "fp32"}
     types |= dict.fromkeys((*STRIDES, "num_tokens", "heads", "queries"), "i32")
     if name != "forward":
-        types["scale"] = "fp32"
+        types |= {"scale": "fp32"} | dict.fromkeys(("lse_high", "lse_low", "delta"), "*fp32")
+    if name == "query_gradient":
+        constants["FOR_QUERY"] = True
     if by_token:
         types |= dict.fromkeys(("order", "region_start", "tile_start"), "*i32") | {"token_start": "*i64"}
         types |= dict.fromkeys(("height", "width", "num_images"), "i32") | {"grad_value": types["grad_key"]}
