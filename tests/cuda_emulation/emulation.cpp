@@ -1,9 +1,12 @@
 #include "emulation.h"
 
 #include <setjmp.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -24,16 +27,23 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kCopyBytes = 16;              // of one asynchronous copy
 constexpr size_t kMaxSharedBytes = 227 << 10;  // what a block may ask for on sm_90
 
 enum class State { kReady, kBarrier, kWarp, kDone };
 
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;  // null for zeros
+};
+
 struct Fiber {
   Dim3 thread;
   State state = State::kDone;
-  const char* site = nullptr;          // of the barrier that it waits at
-  WarpOperation* operation = nullptr;  // that it waits for
-  bool running = false;                // has a frame of the loop below on its stack
+  const char* site = nullptr;                // of the barrier that it waits at
+  WarpOperation* operation = nullptr;        // that it waits for
+  std::vector<std::vector<Copy>> copies{1};  // groups that are under way; the last one is open
+  bool running = false;                      // has a frame of the loop below on its stack
   jmp_buf resume;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -101,8 +111,13 @@ bool complete_warp(Fiber* warp, int lanes) {
     uint32_t ballot = 0;
     for (int i = 0; i < lanes; ++i)
       if (mask >> i & 1 && warp[i].operation->operand[0] != 0) ballot |= 1u << i;
+    if (first.together != nullptr) {
+      WarpOperation* all[kWarp];
+      for (int i = 0; i < kWarp; ++i) all[i] = warp[i].operation;  // its mask is that of a whole warp
+      first.together(all);
+    }
     for (int i = 0; i < lanes; ++i) {
-      if (!(mask >> i & 1)) continue;
+      if (!(mask >> i & 1) || first.together != nullptr) continue;
       WarpOperation& operation = *warp[i].operation;
       // What a lane outside the mask would give is undefined: poison.
       if (mask >> operation.source & 1)
@@ -146,7 +161,139 @@ bool run_block(unsigned threads) {
   }
 }
 
+// A warp operation of all 32 lanes that is more than a shuffle.
+WarpOperation whole_warp(const char* site, void (*together)(WarpOperation* const*)) {
+  return {site, 0xffffffffu, 0, 0, {}, {}, 0, together};
+}
+
+float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+struct Fragments {
+  float sum[4];
+  uint32_t a[4];
+  uint32_t b[2];
+};
+static_assert(sizeof(Fragments) <= kOperandBytes);
+
+// Element `half` of a register of two.
+template <typename T>
+float part(uint32_t word, int half) {
+  T x;
+  x.x = static_cast<uint16_t>(word >> 16 * half);
+  return static_cast<float>(x);
+}
+
+template <Multiply kKind>
+void multiply_together(WarpOperation* const* lanes) {
+  constexpr int kDepth = kKind == Multiply::kTf32 ? 8 : 16;
+  double a[16][kDepth], b[kDepth][8];
+  Fragments fragments[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const int group = lane / 4, member = lane % 4;
+    Fragments& f = fragments[lane];
+    std::memcpy(&f, lanes[lane]->operand, sizeof(f));
+    if constexpr (kKind == Multiply::kTf32) {
+      constexpr uint32_t kKept = ~0x1fffu;
+      for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][member + i / 2 * 4] = as_float(f.a[i] & kKept);
+      for (int i = 0; i < 2; ++i) b[member + i * 4][group] = as_float(f.b[i] & kKept);
+    } else {
+      using T = std::conditional_t<kKind == Multiply::kBFloat16, c10::BFloat16, c10::Half>;
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][2 * member + half + i / 2 * 8] = part<T>(f.a[i], half);
+        for (int i = 0; i < 2; ++i) b[2 * member + half + i * 8][group] = part<T>(f.b[i], half);
+      }
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    float result[4];
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+      double sum = fragments[lane].sum[i];
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
+      result[i] = static_cast<float>(sum);
+    }
+    std::memcpy(lanes[lane]->result, result, sizeof(result));
+  }
+}
+
+template <bool kTransposed>
+void load_matrices_together(WarpOperation* const* lanes) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    uint32_t result[4];
+    for (int m = 0; m < 4; ++m) {
+      uint16_t halves[2];
+      for (int half = 0; half < 2; ++half) {
+        const int along = 2 * (lane % 4) + half, across = lane / 4;
+        const int row = kTransposed ? along : across, column = kTransposed ? across : along;
+        const uint16_t* from;
+        std::memcpy(&from, lanes[8 * m + row]->operand, sizeof(from));
+        halves[half] = from[column];
+      }
+      result[m] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+    }
+    std::memcpy(lanes[lane]->result, result, sizeof(result));
+  }
+}
+
+void arrive(std::vector<Copy>& group) {
+  for (const Copy& copy : group) {
+    if (copy.from != nullptr)
+      std::memcpy(copy.to, copy.from, kCopyBytes);
+    else
+      std::memset(copy.to, 0, kCopyBytes);
+  }
+  group.clear();
+}
+
+void expect_aligned(const void* p, const char* what) {
+  if (reinterpret_cast<uintptr_t>(p) % kCopyBytes != 0)
+    throw std::runtime_error(std::string("CUDA emulation: ") + what + " is not aligned to 16 bytes");
+}
+
 }  // namespace
+
+void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Multiply kind) {
+  WarpOperation operation = kind == Multiply::kTf32 ? whole_warp("mma tf32", multiply_together<Multiply::kTf32>)
+                            : kind == Multiply::kBFloat16
+                                ? whole_warp("mma bf16", multiply_together<Multiply::kBFloat16>)
+                                : whole_warp("mma f16", multiply_together<Multiply::kFloat16>);
+  Fragments fragments;
+  std::memcpy(fragments.sum, sum, sizeof(sum));
+  std::memcpy(fragments.a, a, sizeof(a));
+  std::memcpy(fragments.b, b, sizeof(b));
+  std::memcpy(operation.operand, &fragments, sizeof(fragments));
+  warp_operation(operation);
+  std::memcpy(sum, operation.result, sizeof(sum));
+}
+
+void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+  expect_aligned(row, "a row of ldmatrix");
+  WarpOperation operation = transposed ? whole_warp("ldmatrix.trans", load_matrices_together<true>)
+                                       : whole_warp("ldmatrix", load_matrices_together<false>);
+  std::memcpy(operation.operand, &row, sizeof(row));
+  warp_operation(operation);
+  std::memcpy(to, operation.result, sizeof(to));
+}
+
+void copy_async(void* to, const void* from, bool keep) {
+  expect_aligned(to, "the destination of cp.async");
+  expect_aligned(from, "the source of cp.async");
+  current->copies.back().push_back(
+      {static_cast<unsigned char*>(to), keep ? static_cast<const unsigned char*>(from) : nullptr});
+}
+
+void commit_copies() { current->copies.emplace_back(); }
+
+void wait_for_copies(int pending) {
+  const int closed = static_cast<int>(current->copies.size()) - 1;
+  const int arrived = std::max(0, closed - pending);
+  for (int i = 0; i < arrived; ++i) arrive(current->copies[i]);
+  current->copies.erase(current->copies.begin(), current->copies.begin() + arrived);
+}
 
 unsigned char* shared_memory() { return shared.get(); }
 
@@ -181,6 +328,7 @@ const char* launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::functi
     for (unsigned i = 0; i < threads; ++i) {
       fibers[i].thread = Dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
       fibers[i].state = State::kReady;
+      fibers[i].copies.assign(1, {});
     }
     if (!run_block(threads)) {
       // Fibers that were left in the middle of a kernel cannot be resumed; they start on their stacks anew.

@@ -1,5 +1,6 @@
 // Kernels that try the emulation itself: `kind` names what each does right or wrong.
 #include "../../csrc/cuda/host.h"
+#include "../../csrc/cuda/mma.h"
 
 namespace granvit::cuda {
 namespace {
@@ -16,6 +17,44 @@ __global__ void sum_kernel(const float* in, float* out) {
     for (unsigned w = 0; w < blockDim.x / 32; ++w) total += sums[w];
     out[blockIdx.x] = total;
   }
+}
+
+// out (16, 8) = a (16, depth) b (depth, 8), all row by row; by one warp.
+__global__ void multiply_tf32_kernel(const float* a, const float* b, float* out, int depth) {
+  const int group = threadIdx.x / 4, member = threadIdx.x % 4;
+  float sum[4] = {0, 0, 0, 0};
+  for (int k = 0; k < depth; k += 8) {
+    uint32_t left[4], right[2];
+    for (int i = 0; i < 4; ++i) left[i] = to_tf32(a[(group + i % 2 * 8) * depth + k + member + i / 2 * 4]);
+    for (int i = 0; i < 2; ++i) right[i] = to_tf32(b[(k + member + i * 4) * 8 + group]);
+    mma_tf32(sum, left, right);
+  }
+  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * member + i % 2] = sum[i];
+}
+
+// The same in 16 bits, through asynchronous copies and matrix loads; `wait` false forgets to wait.
+template <typename T>
+__global__ void multiply_kernel(const T* a, const T* b, float* out, int depth, bool wait) {
+  const int lane = threadIdx.x, group = lane / 4, member = lane % 4;
+  auto* left = reinterpret_cast<T*>(shared_memory());
+  T* right = left + 16 * depth;
+  for (int i = lane * 8; i < 16 * depth; i += 32 * 8) copy_async(left + i, a + i, true);
+  commit_copies();
+  for (int i = lane * 8; i < 8 * depth; i += 32 * 8) copy_async(right + i, b + i, true);
+  commit_copies();
+  if (wait)
+    wait_for_copies<0>();
+  else
+    wait_for_copies<1>();
+  __syncwarp();
+  float sum[4] = {0, 0, 0, 0};
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t x[4], y[4];
+    load_matrices(x, left + lane % 16 * depth + k + lane / 16 * 8);
+    load_matrices_transposed(y, right + (k + lane % 16) * 8);
+    mma(sum, x, {y[0], y[1]}, T());
+  }
+  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * member + i % 2] = sum[i];
 }
 
 enum Kind : int64_t { kExit, kTwoBarriers, kMissingLane, kUninitialised, kMissingBarrier, kBeyondShared, kBallot };
@@ -66,15 +105,33 @@ Tensor misbehave(const Tensor& like, int64_t kind) {
   return out;
 }
 
+Tensor multiply(const Tensor& a, const Tensor& b, bool wait) {
+  const auto depth = static_cast<int>(a.size(1));
+  Tensor out = torch::stable::new_empty(a, {16, 8}, ScalarType::Float);
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  with_dtype(a, "multiply", "a", [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    const auto *left = static_cast<const T*>(a.const_data_ptr()), *right = static_cast<const T*>(b.const_data_ptr());
+    if constexpr (sizeof(T) == 4)
+      launch("multiply", multiply_tf32_kernel, dim3(1), dim3(32), 0, nullptr, left, right, to, depth);
+    else
+      launch("multiply", multiply_kernel<T>, dim3(1), dim3(32), 24 * depth * sizeof(T), nullptr, left, right, to, depth,
+             wait);
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granvit, m) {
   m.def("sums(Tensor numbers, int threads) -> Tensor");
   m.def("misbehave(Tensor like, int kind) -> Tensor");
+  m.def("multiply(Tensor a, Tensor b, bool wait) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(granvit, CUDA, m) {
   m.impl("sums", TORCH_BOX(&sums));
   m.impl("misbehave", TORCH_BOX(&misbehave));
+  m.impl("multiply", TORCH_BOX(&multiply));
 }
 
 }  // namespace granvit::cuda
