@@ -146,20 +146,26 @@ def regions(op: str, boxes: object, image_index: object, device: torch.device) -
 def values(op: str, boxes: Tensor, image_index: Tensor, num_images: int) -> None:
     """Checks what boxes and image_index hold. CPU kernels check for themselves; this is for all others.
 
-    Looking at values on a device waits for it, so there it is done only where GRANVIT_CHECK=1.
+    Looking at values on a device waits for it, so there it is done only where GRANVIT_CHECK=1. A compiled graph cannot
+    look at all: it asserts, without the values in its message.
     """
     ordered = (boxes[:, 0] <= boxes[:, 2]) & (boxes[:, 1] <= boxes[:, 3]) & boxes.isfinite().all(1)
+    near = ((boxes >= BOX_RANGE[0]) & (boxes <= BOX_RANGE[1])).all(1)
+    inside = (image_index >= 0) & (image_index < num_images)
+    if torch.compiler.is_compiling():
+        torch._assert_async(ordered.all(), f"{op}: boxes: expected finite x0 <= x1 and y0 <= y1")
+        torch._assert_async(near.all(), f"{op}: boxes: expected coordinates relative to the image, 0 to 1")
+        torch._assert_async(inside.all(), f"{op}: image_index: expected values in [0, number of images)")
+        return
     if not bool(ordered.all()):
         row = int((~ordered).nonzero()[0])
         raise ValueError(f"{op}: boxes: expected finite x0 <= x1 and y0 <= y1, got {boxes[row].tolist()} in row {row}")
-    near = ((boxes >= BOX_RANGE[0]) & (boxes <= BOX_RANGE[1])).all(1)
     if not bool(near.all()):
         row = int((~near).nonzero()[0])
         raise ValueError(
             f"{op}: boxes: expected coordinates relative to the image, 0 to 1 (at most {BOX_RANGE[0]:g} to "
             f"{BOX_RANGE[1]:g}), got {boxes[row].tolist()} in row {row}"
         )
-    inside = (image_index >= 0) & (image_index < num_images)
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
         raise ValueError(

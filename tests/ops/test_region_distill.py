@@ -219,14 +219,17 @@ def test_cosine_of_a_region_outside_the_image_is_finite(device: str, impl: str) 
     assert not student.grad.any()
 
 
-def test_float16_gradient_survives_a_loss_scale() -> None:
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_float16_gradient_survives_a_loss_scale(device: str, impl: str) -> None:
     """A mean over many elements has gradients below float16's range until the loss scale arrives."""
-    case = dense_case(24, 24, images=4, regions=32)
-    student, teacher = case.tokens(256, dtype=torch.float16), torch.randn(32, 1024, 256).half()
-    arguments = (case.boxes, case.image_index, (24, 24), 32)
+    few = (6, 9, (4, 25), 40)  # for the interpreter
+    side, regions, size, channels = few if _dispatch.INTERPRETED else (24, 32, (32, 32), 256)
+    case = dense_case(side, side, images=4, regions=regions)
+    student = case.tokens(channels, dtype=torch.float16)
+    teacher = torch.randn(regions, size[0] * size[1], channels).half()
     x, exact = student.clone().requires_grad_(), student.double().requires_grad_()
-    (region_distill_loss(x, teacher, *arguments) * 65536).backward()
-    (region_distill_loss(exact, teacher.double(), *arguments, impl="reference") * 65536).backward()
+    (distill(x, teacher, case, size, device, impl) * 65536).backward()
+    (distill(exact, teacher.double(), case, size, "cpu", "reference") * 65536).backward()
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2e-3, atol=1e-6)
 
 
@@ -251,63 +254,23 @@ def test_gradcheck(packed: bool, loss: str, reduction: str) -> None:
         torch.autograd.grad(value, student, create_graph=True)
 
 
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction: str) -> None:
+def test_opcheck(device: str, impl: str, reduction: str) -> None:
     case = dense_case(6, 7)
-    arguments = (case.boxes, case.image_index, None, 6, 7, None, 3, 2)
-    student, teacher = case.tokens(8).requires_grad_(), torch.randn(12, 6, 8)
+    ops = _dispatch.ops(impl)
+    arguments = (case.boxes.to(device), case.image_index.to(device), None, 6, 7, None, 3, 2)
+    student, teacher = case.tokens(8).to(device).requires_grad_(), torch.randn(12, 6, 8, device=device)
     torch.library.opcheck(
-        torch.ops.granvit.region_distill.default,
+        ops.region_distill.default,
         (student, teacher, *arguments, None, "mse", reduction, 2, True),
         # The second output is the saved gradient itself: its own derivative is refused, not computed.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     torch.library.opcheck(
-        torch.ops.granvit.region_distill_backward.default,
-        (torch.randn(12), student.detach(), teacher, *arguments, "cosine", 2),
+        ops.region_distill_backward.default,
+        (torch.randn(12, device=device), student.detach(), teacher, *arguments, "cosine", 2),
     )
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile_fullgraph_with_changing_number_of_regions(reduction: str) -> None:
-    def function(student: Tensor, teacher: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
-        value = region_distill_loss(student * 2, teacher, boxes, index, (8, 9), 4, reduction=reduction)
-        return 3 * value.sum()
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=True)
-    for regions in (5, 11, 3):
-        case = dense_case(8, 9, regions=regions)
-        student, teacher = case.tokens(16).requires_grad_(), torch.randn(regions, 16, 16)
-        arguments = (student, teacher, case.boxes, case.image_index)
-        (expected,) = torch.autograd.grad(function(*arguments), student)
-        (grad,) = torch.autograd.grad(compiled(*arguments), student)
-        torch.testing.assert_close(grad, expected)
-
-
-def test_export() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, student: Tensor, teacher: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
-            return region_distill_loss(student, teacher, boxes, index, (6, 7), 3)
-
-    def inputs(regions: int) -> tuple[Tensor, ...]:
-        case = dense_case(6, 7, regions=regions)
-        return case.tokens(8), torch.randn(regions, 9, 8), case.boxes, case.image_index
-
-    dim = torch.export.Dim("regions", min=2, max=64)
-    program = torch.export.export(Model(), inputs(12), dynamic_shapes=({}, {0: dim}, {0: dim}, {0: dim}))
-    other = inputs(17)
-    assert torch.equal(program.module()(*other), Model()(*other))
-
-
-def test_autocast_runs_in_the_incoming_dtype() -> None:
-    case = dense_case(6, 7)
-    student, teacher = case.tokens(8).requires_grad_(), torch.randn(12, 9, 8)
-    arguments = (student, teacher, case.boxes, case.image_index, (6, 7), 3)
-    expected = region_distill_loss(*arguments)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = region_distill_loss(*arguments)
-    assert torch.equal(value, expected)
-    assert torch.equal(*(torch.autograd.grad(v, student)[0] for v in (value, expected)))
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
@@ -327,12 +290,14 @@ def test_the_same_bits_every_time(device: str, impl: str, loss: str) -> None:
         assert torch.equal(grad, results[0][1])
 
 
-def test_saves_nothing_of_the_teacher_for_a_mean() -> None:
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_saves_nothing_of_the_teacher_for_a_mean(device: str, impl: str) -> None:
     case = dense_case(6, 7)
-    student = case.tokens(8).requires_grad_()
+    student = case.tokens(8).to(device).requires_grad_()
+    where = (case.boxes.to(device), case.image_index.to(device), (6, 7), 30)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        region_distill_loss(student, torch.randn(12, 900, 8), case.boxes, case.image_index, (6, 7), 30, impl="cpu")
+        region_distill_loss(student, torch.randn(12, 900, 8, device=device), *where, impl=impl)
     assert sum(t.numel() for t in saved) == student.numel()
 
 
@@ -399,15 +364,6 @@ def test_wrong_input_gets_one_sentence(impl: str, change: dict, error: type[Exce
         region_distill_loss(**{**arguments, **change})
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("region_distill_loss: ")
-
-
-def test_vmap_is_refused() -> None:
-    case = dense_case(6, 7)
-    teacher = torch.randn(12, 9, 8)
-    with pytest.raises(RuntimeError, match=r"torch.func.vmap is not supported"):
-        torch.func.vmap(lambda x: region_distill_loss(x, teacher, case.boxes, case.image_index, (6, 7), 3))(
-            torch.randn(2, 3, 42, 8)
-        )
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512bf16"])

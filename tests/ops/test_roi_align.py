@@ -213,69 +213,32 @@ def test_gradcheck_and_second_derivative(packed: bool) -> None:
     assert torch.autograd.gradgradcheck(function, tokens)
 
 
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed: bool) -> None:
+def test_opcheck(device: str, impl: str, packed: bool) -> None:
     case = packed_case() if packed else dense_case(6, 7)
-    tokens = case.tokens(8).requires_grad_()
+    tokens = case.tokens(8).to(device).requires_grad_()
     grids = (case.grid_size, 0, 0) if packed else (None, 6, 7)
     sizes = torch.randint(1, 5, (len(case.boxes), 2))
     outs = (sizes, 0, 0) if packed else (None, 3, 2)
-    arguments = (case.boxes, case.image_index, *grids, *outs, 2)
-    torch.library.opcheck(torch.ops.granvit.roi_align.default, (tokens, *arguments))
-    cells = torch.ops.granvit.roi_align(tokens, *arguments).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.granvit.roi_align_backward.default, (cells, *arguments, case.num_tokens))
+    arguments = (case.boxes.to(device), case.image_index.to(device), *grids, *outs, 2)
+    ops = _dispatch.ops(impl)
+    torch.library.opcheck(ops.roi_align.default, (tokens, *arguments))
+    cells = ops.roi_align(tokens, *arguments).detach().requires_grad_()
+    torch.library.opcheck(ops.roi_align_backward.default, (cells, *arguments, case.num_tokens))
 
 
-def test_compile_fullgraph_with_changing_number_of_regions() -> None:
-    def loss(tokens: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
-        return roi_align(tokens * 2, boxes, index, (8, 9), 4).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        for regions in (5, 11, 3):
-            case = dense_case(8, 9, regions=regions)
-            tokens = case.tokens(16).requires_grad_()
-            (expected,) = torch.autograd.grad(loss(tokens, case.boxes, case.image_index), tokens)
-            value = compiled(tokens, case.boxes, case.image_index)
-            (grad,) = torch.autograd.grad(value, tokens)
-            torch.testing.assert_close(grad, expected)
-
-
-def test_compile_packed_with_a_grid_per_region() -> None:
+@pytest.mark.parametrize(("device", "impl"), KERNELS)
+def test_compile_packed_with_a_grid_per_region(device: str, impl: str) -> None:
     def function(tokens: Tensor, boxes: Tensor, index: Tensor, grids: Tensor, sizes: Tensor) -> Tensor:
-        return roi_align(tokens, boxes, index, grids, sizes) * 2
+        return roi_align(tokens, boxes, index, grids, sizes, impl=impl) * 2
 
     case = packed_case()
     sizes = torch.randint(1, 5, (len(case.boxes), 2))
-    arguments = (case.tokens(8), case.boxes, case.image_index, case.grid_size, sizes)
+    arguments = [t.to(device) for t in (case.tokens(8), case.boxes, case.image_index, case.grid_size, sizes)]
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         out = torch.compile(function, fullgraph=True)(*arguments)
     torch.testing.assert_close(out, function(*arguments))
-
-
-def test_export() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, tokens: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
-            return roi_align(tokens, boxes, index, (6, 7), 3)
-
-    case = dense_case(6, 7)
-    regions = torch.export.Dim("regions", min=2, max=64)
-    arguments = (case.tokens(8), case.boxes, case.image_index)
-    program = torch.export.export(Model(), arguments, dynamic_shapes=({}, {0: regions}, {0: regions}))
-    other = dense_case(6, 7, regions=17)
-    arguments = (other.tokens(8), other.boxes, other.image_index)
-    assert torch.equal(program.module()(*arguments), Model()(*arguments))
-
-
-def test_autocast_runs_in_the_incoming_dtype() -> None:
-    case = dense_case(6, 7)
-    for dtype in (torch.float32, torch.bfloat16):
-        tokens = case.tokens(8, dtype=dtype)
-        expected = roi_align(tokens, case.boxes, case.image_index, (6, 7), 3)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = roi_align(tokens, case.boxes, case.image_index, (6, 7), 3)
-        assert out.dtype == dtype
-        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(("device", "impl"), KERNELS)
@@ -391,12 +354,6 @@ def test_other_devices_are_named() -> None:
     case = dense_case(6, 7)
     with pytest.raises(ValueError, match=r"boxes: expected a tensor on cpu, got float32 of shape .* on meta"):
         roi_align(case.tokens(8), case.boxes.to("meta"), case.image_index, (6, 7), 3)
-
-
-def test_vmap_is_refused() -> None:
-    case = dense_case(6, 7)
-    with pytest.raises(RuntimeError, match=r"roi_align: torch.func.vmap is not supported"):
-        torch.func.vmap(lambda x: roi_align(x, case.boxes, case.image_index, (6, 7), 3))(torch.randn(2, 3, 42, 8))
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512bf16"])
