@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: quickstart test bench lint format clean
+# Where a machine brings CUDA, torch and no network, nothing is installed but granvit, into the Python at hand.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_TESTS := tests/gpu tests/ops tests/nn tests/kernels
+GPU_WORKERS ?= 8
+
+.PHONY: quickstart test bench test-gpu bench-gpu build-gpu lint format clean
 
 quickstart: $(VENV)/.built
 	$(BIN)/granvit quickstart
@@ -14,6 +19,18 @@ test: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/granvit bench --suite cpu
+
+build-gpu:
+	$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('this needs a CUDA device, and torch sees none')"
+	GRANVIT_REQUIRE_EXT=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+
+# Every test that has "cuda" or "gpu" in its name or parameters, and the compilation of all Triton kernels.
+test-gpu: build-gpu
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --dist loadgroup $(GPU_TESTS) -k "(cuda or gpu or compiles) and not interpreter"
+
+# One JSON and its plots, named after the suite and the time. Leave the machine alone while it runs.
+bench-gpu: build-gpu
+	$(GPU_PYTHON) -m granvit.cli bench --suite gpu --output benchmarks/results
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -61,13 +61,13 @@ def compiled(provider: Provider) -> Provider:
 
 
 def ours(op: str, function: Callable[..., Tensor]) -> tuple[Provider, ...]:
-    """The op as a user calls it; on a GPU its Triton twin as well."""
+    """The op as a user calls it; on a GPU each of its implementations as well, to choose between them by figures."""
 
-    def no_triton(setting: Setting) -> str | None:
-        return _dispatch.unavailable(op, "triton", setting.device.type)
+    def demanded(impl: str) -> Provider:
+        def unavailable(setting: Setting) -> str | None:
+            return _dispatch.unavailable(op, impl, setting.device.type)
 
-    triton = functools.partial(function, impl="triton")
-    return (
-        Provider("granvit", function, stock=False),
-        Provider("granvit_triton", triton, stock=False, impl="triton", unavailable=no_triton),
-    )
+        call = functools.partial(function, impl=impl)
+        return Provider(f"granvit_{impl}", call, stock=False, impl=impl, unavailable=unavailable)
+
+    return (Provider("granvit", function, stock=False), demanded("cuda"), demanded("triton"))

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from granvit import nn as gnn
 from granvit import ops
 from tests.nn.support import CHANNELS, GRID, HEADS, KINDS, Harness, inputs, make
+from tests.support import DEVICE_TYPES
 
 WITH_PARAMETERS = ("RegionAttentionPool", "BoxEmbedding")
 
@@ -29,6 +30,10 @@ def call(module: nn.Module, *, dtype: torch.dtype = torch.float32, autocast: boo
         if isinstance(module, gnn.BoxEmbedding):
             return module(boxes)
         return module(tokens, boxes, image_index, GRID)
+
+
+def on(device: str, kind: str) -> tuple[nn.Module, list[Tensor]]:
+    return Harness(kind).to(device), [t.to(device) for t in inputs()]
 
 
 def test_roi_align_is_the_op():
@@ -234,16 +239,16 @@ def test_wrong_settings_are_one_clear_sentence(make_it, text):
         make_it()
 
 
+@pytest.mark.parametrize("device", DEVICE_TYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_and_bfloat16_stay_near_float32(kind):
+def test_autocast_and_bfloat16_stay_near_float32(kind, device):
     """Under autocast tokens come out of bfloat16 layers; the loss and boxes stay float32."""
     torch.manual_seed(3)
-    model = Harness(kind)
-    arguments = inputs()
+    model, arguments = on(device, kind)
     exact = gradients(model, *arguments)
     model.zero_grad()
     teacher = arguments[3].to(torch.bfloat16) if kind == "RegionDistillLoss" else arguments[3]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         loss = model(*arguments[:3], teacher)
     loss.backward()
     for name, p in model.named_parameters():
@@ -284,10 +289,10 @@ def test_no_regions_give_empty_output_and_zero_gradients(kind):
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
 
 
+@pytest.mark.parametrize("device", DEVICE_TYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_activation_checkpointing_changes_nothing(kind):
-    model = Harness(kind)
-    arguments = inputs()
+def test_activation_checkpointing_changes_nothing(kind, device):
+    model, arguments = on(device, kind)
     expected = gradients(model, *arguments)
     model.zero_grad()
     checkpoint(model, *arguments, use_reentrant=False).backward()
@@ -295,16 +300,16 @@ def test_activation_checkpointing_changes_nothing(kind):
         assert torch.equal(p.grad, expected[name]), name
 
 
+@pytest.mark.parametrize("device", DEVICE_TYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_into_one_graph_forward_and_backward(kind):
+def test_compiles_into_one_graph_forward_and_backward(kind, device):
     torch._dynamo.reset()
-    model = Harness(kind)
-    arguments = inputs()
+    model, arguments = on(device, kind)
     expected = gradients(model, *arguments)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     model.zero_grad()
     compiled(*arguments).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
-    fewer = inputs(per_image=2)
+    fewer = [t.to(device) for t in inputs(per_image=2)]
     torch.testing.assert_close(compiled(*fewer), model(*fewer), rtol=1e-5, atol=1e-6)
