@@ -2,103 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-OURS = "granvit"
+from granvit import _bench_targets
+from granvit._bench_rows import OURS, SWEEPS, Row, best_stock, groups, rows, speedup
+
 BUSY = 0.7  # running processes, by the system's one-minute average, beyond which other work is in the times
-SWEEPS = {"boxes": "boxes", "grid": "grid side, tokens"}
 
-# What the package claims on a CPU: (op, times as fast as torchvision, times as fast as the best stock form).
-CPU_TARGETS = (("region_distill", 30.0, 5.0), ("region_attention", None, 5.0), ("box_embedding", None, 5.0))
-
-
-@dataclass(frozen=True)
-class Row:
-    """All samples of one provider on one case.
-
-    Attributes:
-        seconds: every sample.
-        facts: what the suite noted beside them (`extra_info`).
-    """
-
-    seconds: tuple[float, ...]
-    facts: dict[str, Any]
-
-    @property
-    def op(self) -> str:
-        """Name of the op."""
-        return str(self.facts["op"])
-
-    @property
-    def provider(self) -> str:
-        """``"granvit"``, ``"granvit_triton"`` or the name of a peer."""
-        return str(self.facts["provider"])
-
-    @property
-    def stock(self) -> bool:
-        """Whether it is a peer."""
-        return bool(self.facts["stock"])
-
-    @property
-    def median(self) -> float:
-        """Median of the samples, in seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def match(self) -> bool:
-        """Whether results and gradients agree with the float64 reference."""
-        return bool(self.facts["match"])
-
-    @property
-    def group(self) -> tuple[str, str, str, str]:
-        """What providers are compared within: op, workload, dtype, mode."""
-        return (self.op, self.facts["workload"], self.facts["dtype"], self.facts["mode"])
-
-    def sweep(self) -> tuple[str, int] | None:
-        """The sweep's name and the value on its axis, for a case of a sweep."""
-        name, _, value = self.facts["workload"].partition(".")
-        return (name, int(value)) if name in SWEEPS and value.isdigit() else None
-
-
-def rows(report: dict[str, Any]) -> list[Row]:
-    """The cases of a run's JSON, the samples of all passes together."""
-    samples: dict[tuple[str, ...], list[float]] = {}
-    facts: dict[tuple[str, ...], dict[str, Any]] = {}
-    for entry in report["benchmarks"]:
-        info = entry["extra_info"]
-        key = (info["op"], info["workload"], info["dtype"], info["mode"], info["provider"])
-        samples.setdefault(key, []).extend(entry["stats"]["data"])
-        facts.setdefault(key, info)
-    return [Row(tuple(samples[key]), facts[key]) for key in samples]
-
-
-def groups(cases: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
-    """Cases by what they compute, then by provider."""
-    found: dict[tuple[str, str, str, str], dict[str, Row]] = {}
-    for row in cases:
-        found.setdefault(row.group, {})[row.provider] = row
-    return found
-
-
-def best_stock(group: dict[str, Row]) -> Row | None:
-    """The fastest peer whose results are right."""
-    peers = [row for row in group.values() if row.stock and row.match]
-    return min(peers, key=lambda row: row.median, default=None)
-
-
-def speedup(group: dict[str, Row], peer: Row | None) -> float | None:
-    """How many times as fast as `peer` ours is; None unless both gave the right results."""
-    ours = group.get(OURS)
-    if ours is None or peer is None or not ours.match or not peer.match:
-        return None
-    return peer.median / ours.median
+_HELD = {True: "[green]held[/]  ", False: "[red]missed[/]", None: "[yellow]open[/]  "}
 
 
 def table(op: str, report: dict[str, Any], cases: list[Row]) -> Table:
@@ -126,7 +41,7 @@ def _cells(row: Row, group: dict[str, Row], best: Row | None, bandwidth: float, 
     ratio = speedup(group, row) if row.stock else None
     other = "[yellow]other result[/]" if not facts["same_result"] else "[red]no[/]"
     peak = "" if facts["peak_bytes"] is None else f"{facts['peak_bytes'] / 2**20:.1f}"
-    graph = [_ms(statistics.median(facts["graph_replay_seconds"]))] if facts["graph_replay_seconds"] else [""]
+    graph = ["" if row.replay is None else _ms(row.replay)]
     return [
         name,
         _ms(row.median),
@@ -174,34 +89,6 @@ def sweep_table(cases: list[Row]) -> Table:
             _ms(any_row.facts["floor_seconds"]),
         )
     return t
-
-
-def targets(cases: list[Row]) -> list[tuple[str, bool | None]]:
-    """A line on each CPU target of the cases that were run, and whether it held; None where the data cannot tell."""
-    lines = []
-    for op, over_torchvision, over_stock in CPU_TARGETS:
-        for key, group in groups(row for row in cases if row.op == op and row.sweep() is None).items():
-            if OURS not in group or (op == "region_distill" and key[3] != "full"):
-                continue
-            torchvision = group.get("torchvision") or group.get("torchvision_float32")
-            wanted = [("the best stock form", best_stock(group), over_stock)]
-            if over_torchvision is not None:
-                wanted.insert(0, ("torchvision", torchvision, over_torchvision))
-            for what, peer, factor in wanted:
-                lines.append(_verdict(" ".join(key), what, peer, factor, speedup(group, peer)))
-    return lines
-
-
-_HELD = {True: "[green]held[/]  ", False: "[red]missed[/]", None: "[yellow]open[/]  "}
-
-
-def _verdict(case: str, what: str, peer: Row | None, factor: float, ratio: float | None) -> tuple[str, bool | None]:
-    if peer is None:
-        return f"{case} against {what}: no such peer ran with the right results", None
-    name = what if peer.provider == what else f"{what} ({peer.provider})"
-    if ratio is None:
-        return f"{case} against {name}: no green match, hence no speed-up", None
-    return f"{case}: {ratio:.1f}x {name}, target {factor:g}x", ratio >= factor
 
 
 def plot(op: str, cases: list[Row], path: Path) -> bool:
@@ -262,8 +149,9 @@ def show(report: dict[str, Any], console: Console) -> bool:
         console.print(sweep_table(cases))
     for line in skipped(report):
         console.print(line, style="dim", markup=False, highlight=False)
-    if machine["device"] == "CPU" and machine["suite"] == "cpu":
-        for text, held in targets(cases):
+    verdicts = {"cpu": _bench_targets.on_cpu, "gpu": _bench_targets.on_gpu}.get(machine["suite"])
+    if verdicts is not None and (machine["device"] == "CPU") == (machine["suite"] == "cpu"):
+        for text, held in verdicts(cases):
             console.print(f"{_HELD[held]} {text}")
     wrong = [row for row in cases if not row.stock and not row.match]
     for row in wrong:

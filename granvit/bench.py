@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from granvit import _bench_report
+from granvit import _bench_report, _bench_rows
 from granvit.errors import MissingDependencyError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def run(
         raise UserError(f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log")
     report = json.loads(path.read_text())
     failed = _bench_report.show(report, console)
-    cases = _bench_report.rows(report)
+    cases = _bench_rows.rows(report)
     ops = _bench_report.ops(report) if plots else []
     drawn = [op for op in ops if _bench_report.plot(op, cases, Path(f"{stem}-{op}.png"))]
     for name in [path.name, *(f"{stem.name}-{op}.png" for op in drawn)]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import floors, machine, workloads
 from benchmarks.harness import Group, SkippedProviderError
 from benchmarks.providers import Provider
-from granvit import _bench_report, bench
+from granvit import _bench_report, _bench_rows, bench
 from granvit.errors import MissingDependencyError, UserError
 
 WHOLE = {"width": (1.0, 1.0), "height": (1.0, 1.0)}  # every box is the whole image
@@ -164,7 +164,7 @@ def entry(provider: str, seconds: list[float], **changes: Any) -> dict[str, Any]
         "dtype": "float32",
         "mode": "full",
         "provider": provider,
-        "stock": provider != "granvit",
+        "stock": not provider.startswith("granvit"),
         "same_result": True,
         "impl": None if provider != "granvit" else "cpu",
         "match": True,
@@ -204,6 +204,31 @@ def printed(run: dict[str, Any]) -> tuple[str, bool]:
     return console.export_text(), failed
 
 
+def test_verdicts_on_the_gpu_targets() -> None:
+    case = {"workload": "paper", "dtype": "bfloat16"}
+    run = report(
+        entry("granvit", [3e-4], graph_replay_seconds=[1.9e-4, 2.3e-4, 1.8e-4], peak_bytes=90 << 20, **case),
+        entry("granvit_cuda", [3e-4], graph_replay_seconds=[1e-4], **case),
+        entry("granvit_triton", [3e-4], graph_replay_seconds=[1.7e-4], **case),
+        entry("separable_compiled", [2e-4], **case),
+        entry("granvit", [3e-4], op="box_embedding", **{**case, "workload": "R96"}),
+        entry("granvit", [3e-4], op="roi_align", **case),
+        entry("torchvision", [33e-4], op="roi_align", **case),
+    )
+    run["machine_info"]["granvit"] |= {"device": "NVIDIA H100 80GB HBM3", "suite": "gpu"}
+    text, _ = printed(run)
+    for verdict in (
+        "held   region_distill paper bfloat16 full: 0.19 ms in a graph, target on an H100 0.2",
+        "missed region_distill paper bfloat16 full: 90 MiB beyond the inputs, target 80",
+        "missed region_distill paper bfloat16 full: a plain call takes 0.3 ms, separable_compiled 0.2",
+        "missed region_distill paper bfloat16 full: triton takes 1.70x of cuda, target 1.6x",
+        "open   box_embedding R96 bfloat16 full: no replay with a green match, target 0.2 ms",
+        "held   roi_align paper bfloat16 full: a plain call takes 0.3 ms, torchvision 3.3",
+        "held   roi_align paper bfloat16 full: 11.0x torchvision, target 10x",
+    ):
+        assert verdict in text
+
+
 def test_the_table_joins_passes_and_marks_the_best_stock_form() -> None:
     run = report(
         entry("granvit", [0.09, 0.11]),
@@ -238,15 +263,15 @@ def test_no_speed_up_without_a_green_match() -> None:
 
 
 def test_another_function_is_never_the_best_stock_form() -> None:
-    cases = _bench_report.rows(
+    cases = _bench_rows.rows(
         report(
             entry("granvit", [0.1]),
             entry("sdpa_mask", [1.0]),
             entry("roi_align_kv", [0.5], match=False, same_result=False),
         )
     )
-    (group,) = _bench_report.groups(cases).values()
-    best = _bench_report.best_stock(group)
+    (group,) = _bench_rows.groups(cases).values()
+    best = _bench_rows.best_stock(group)
     assert best is not None
     assert best.provider == "sdpa_mask"
 
@@ -273,7 +298,7 @@ def test_plots_are_drawn_where_there_is_a_sweep(tmp_path: Path) -> None:
         for value in values
         for provider, factor in (("granvit", 1e-3), ("separable", 8e-3))
     ]
-    cases = _bench_report.rows(report(*entries))
+    cases = _bench_rows.rows(report(*entries))
     path = tmp_path / "plot.png"
     assert _bench_report.plot("region_distill", cases, path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -301,7 +326,7 @@ def test_a_real_run_of_tiny_shapes(tmp_path: Path) -> None:
     assert status == 0, text
     (path,) = tmp_path.glob("*.json")
     run = json.loads(path.read_text())
-    cases = {row.provider: row for row in _bench_report.rows(run)}
+    cases = {row.provider: row for row in _bench_rows.rows(run)}
     assert {"granvit", "torchvision_float32", "einsum", "separable"} <= set(cases)
     assert all(row.match and min(row.seconds) > 0 for row in cases.values())
     assert len(cases["granvit"].seconds) >= workloads.SUITES["smoke"].passes
