@@ -93,33 +93,39 @@ def assert_within_budget(draw: Callable[[], Iterable[Comparison]], draws: int = 
     """Our largest error is at most twice the largest error of stock PyTorch, beyond one ulp, on average over draws.
 
     One draw cannot judge, because the largest of a few rounding errors is a lottery: stock attention with its channels
-    permuted, the same mathematics, exceeds twice the error of stock attention in one draw out of twenty.
+    permuted, the same mathematics, exceeds twice the error of stock attention in one draw out of twenty. Where the
+    draws are beyond the budget, seven times as many follow, and all together judge: bad luck passes, a worse kernel
+    does not.
 
     Args:
         draw: makes fresh inputs and returns the comparisons. The dtype of stock's result is the one that counts; in
             float64 there is no wider oracle, and the reference rounds as much.
-        draws: how often.
+        draws: how often, to begin with.
         float64: how near float64 results have to be, relative to each and to the largest number.
     """
     beyond: dict[str, list[float]] = {}  # per comparison: our largest error beyond an ulp, of every draw
     allowed: dict[str, list[float]] = {}
-    for _ in range(draws):
-        for what, *results in draw():
-            ours, stock, exact = (t.detach() for t in results)
-            assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
-            if stock.dtype == torch.float64:
-                atol = float64 * float(exact.abs().max()) if exact.numel() else 0.0
-                named = functools.partial("{}: {}".format, what)
-                torch.testing.assert_close(ours, exact, rtol=float64, atol=atol, msg=named)
-                continue
-            error = (ours.double() - exact.double()).abs()
-            stock_error = (stock.double() - exact.double()).abs()
-            assert not error.isnan().any(), f"{what}: {int(error.isnan().sum())} values are NaN"
-            if error.numel():
-                beyond.setdefault(what, []).append(float((error - ulp(exact, stock.dtype)).amax().clamp(min=0)))
-                allowed.setdefault(what, []).append(2 * float(stock_error.amax()))
-    for what, errors in beyond.items():
-        assert sum(errors) <= sum(allowed[what]), f"{what}: errors of {errors} beyond an ulp, allowed {allowed[what]}"
+    worse: list[str] = []
+    for more in (draws, 7 * draws):
+        for _ in range(more):
+            for what, *results in draw():
+                ours, stock, exact = (t.detach() for t in results)
+                assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
+                if stock.dtype == torch.float64:
+                    atol = float64 * float(exact.abs().max()) if exact.numel() else 0.0
+                    named = functools.partial("{}: {}".format, what)
+                    torch.testing.assert_close(ours, exact, rtol=float64, atol=atol, msg=named)
+                    continue
+                error = (ours.double() - exact.double()).abs()
+                stock_error = (stock.double() - exact.double()).abs()
+                assert not error.isnan().any(), f"{what}: {int(error.isnan().sum())} values are NaN"
+                if error.numel():
+                    beyond.setdefault(what, []).append(float((error - ulp(exact, stock.dtype)).amax().clamp(min=0)))
+                    allowed.setdefault(what, []).append(2 * float(stock_error.amax()))
+        worse = [what for what in beyond if not sum(beyond[what]) <= sum(allowed[what])]
+        if not worse:
+            return
+    raise AssertionError(f"{worse[0]}: errors of {beyond[worse[0]]} beyond an ulp, allowed {allowed[worse[0]]}")
 
 
 DEVICE_TYPES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
