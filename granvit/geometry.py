@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Crops are made a few regions at a time: an image is gathered for each, and that copy has to stay small.
 _CHUNK_ELEMENTS = 1 << 25
@@ -120,3 +127,208 @@ def _check_crop(images: Tensor, boxes: Tensor, image_index: Tensor, height: int,
             f"crop_boxes: image_index: expected values in [0, {images.shape[0]}), "
             f"got {int(image_index[row])} in row {row}"
         )
+
+
+@dataclass(frozen=True)
+class BoxTransform:
+    """How one image became another: the box inside a frame, scaled, moved and flipped along each axis.
+
+    Sizes are ``(height, width)`` in pixels; positions in the old image of size `source` go to the new image of size
+    `target` by ``new = scale * old + offset``, in relative coordinates of each, x first. Boxes and pixels take the same
+    way: :meth:`boxes` and :meth:`image`.
+    """
+
+    source: tuple[int, int]
+    target: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes and factors that no image has."""
+        for name, size in (("source", self.source), ("target", self.target)):
+            if min(size) < 1:
+                raise ValueError(f"BoxTransform: {name}: expected height and width of at least 1, got {size}")
+        if 0.0 in self.scale or not all(map(math.isfinite, (*self.scale, *self.offset))):
+            raise ValueError(f"BoxTransform: expected finite numbers and a scale other than 0, got {self}")
+
+    @classmethod
+    def resize(cls, source: tuple[int, int], target: tuple[int, int]) -> BoxTransform:
+        """The whole image, stretched to another size: relative boxes stay what they are."""
+        return cls(source, target)
+
+    @classmethod
+    def letterbox(
+        cls, source: tuple[int, int], target: tuple[int, int], anchor: tuple[float, float] = (0.5, 0.5)
+    ) -> BoxTransform:
+        """The whole image as large as fits with its aspect ratio kept, in a frame that shows around it.
+
+        Args:
+            source: size of the image.
+            target: size of the frame.
+            anchor: where the free room goes, x and y: 0 leaves it right and below, 0.5 halves it.
+        """
+        (height, width), (frame_height, frame_width) = source, target
+        zoom = min(frame_height / height, frame_width / width)
+        # In whole pixels, so that pixels and boxes agree on where the image begins.
+        inner = (max(1, round(height * zoom)), max(1, round(width * zoom)))
+        x, y = (
+            int(a * free) for a, free in zip(anchor, (frame_width - inner[1], frame_height - inner[0]), strict=True)
+        )
+        scale = (inner[1] / frame_width, inner[0] / frame_height)
+        return cls(source, target, scale, (x / frame_width, y / frame_height))
+
+    @classmethod
+    def crop(cls, source: tuple[int, int], pixels: tuple[int, int, int, int]) -> BoxTransform:
+        """A window ``x0 y0 x1 y1`` of whole pixels; it may lead out of the image."""
+        height, width = source
+        x0, y0, x1, y1 = pixels
+        if x1 <= x0 or y1 <= y0:
+            raise ValueError(f"BoxTransform.crop: expected x0 < x1 and y0 < y1, got {pixels}")
+        scale = (width / (x1 - x0), height / (y1 - y0))
+        return cls(source, (y1 - y0, x1 - x0), scale, (-x0 / (x1 - x0), -y0 / (y1 - y0)))
+
+    @classmethod
+    def flip(cls, source: tuple[int, int]) -> BoxTransform:
+        """Left and right exchanged."""
+        return cls(source, source, (-1.0, 1.0), (1.0, 0.0))
+
+    @classmethod
+    def tiles(cls, source: tuple[int, int], tile: tuple[int, int]) -> list[BoxTransform]:
+        """Crops of one size that cover the image row by row; the last ones of a row or column may lead out of it."""
+        (height, width), (rows, columns) = source, tile
+        corners = ((x, y) for y in range(0, height, rows) for x in range(0, width, columns))
+        return [cls.crop(source, (x, y, x + columns, y + rows)) for x, y in corners]
+
+    def then(self, after: BoxTransform) -> BoxTransform:
+        """This transform followed by another, as one.
+
+        Raises:
+            ValueError: the other starts from another size than this one ends with.
+        """
+        if after.source != self.target:
+            raise ValueError(f"BoxTransform.then: expected a transform of images of {self.target}, got {after.source}")
+        scale = (self.scale[0] * after.scale[0], self.scale[1] * after.scale[1])
+        moved = [o * s + p for o, s, p in zip(self.offset, after.scale, after.offset, strict=True)]
+        return BoxTransform(self.source, after.target, scale, (moved[0], moved[1]))
+
+    def inverse(self) -> BoxTransform:
+        """From the new image back to the old one: how predicted boxes return to where the image came from."""
+        scale = (1 / self.scale[0], 1 / self.scale[1])
+        return BoxTransform(self.target, self.source, scale, (-self.offset[0] * scale[0], -self.offset[1] * scale[1]))
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """Relative boxes ``(..., 4)`` of the old image, in the new one; not clipped, corners in order again."""
+        wide = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).unflatten(-1, (2, 2))
+        moved = wide * wide.new_tensor(self.scale) + wide.new_tensor(self.offset)
+        return moved.sort(-2).values.flatten(-2).to(boxes.dtype)
+
+    def image(self, image: Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image:
+        """The pixels of an image of size `source`, with antialiasing; `fill` where the old image does not reach.
+
+        Raises:
+            ValueError: the image has another size.
+        """
+        from PIL import Image as pil
+
+        if (image.height, image.width) != self.source:
+            raise ValueError(f"BoxTransform.image: expected {self.source}, got {(image.height, image.width)}")
+        height, width = self.target
+        # The target frame in pixels of the source, then what of it the source has.
+        frame = self.inverse().boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64))
+        x0, y0, x1, y1 = (frame * frame.new_tensor([*self.source[::-1], *self.source[::-1]])).tolist()
+        seen = (max(x0, 0.0), max(y0, 0.0), min(x1, image.width), min(y1, image.height))
+        canvas = pil.new(image.mode, (width, height), fill if len(image.getbands()) == 3 else 0)
+        if seen[0] >= seen[2] or seen[1] >= seen[3]:
+            return canvas
+        shown = [(a - b) / (c - b) for a, b, c in zip(seen, (x0, y0, x0, y0), (x1, y1, x1, y1), strict=True)]
+        left, top = round(shown[0] * width), round(shown[1] * height)
+        size = (max(1, round(shown[2] * width) - left), max(1, round(shown[3] * height) - top))
+        part = image.resize(size, pil.Resampling.BICUBIC, box=seen, reducing_gap=3.0)
+        canvas.paste(part, (left, top))
+        if self.scale[0] < 0:
+            canvas = canvas.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
+        return canvas.transpose(pil.Transpose.FLIP_TOP_BOTTOM) if self.scale[1] < 0 else canvas
+
+
+def clip(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative boxes ``(..., 4)`` cut at the edges of the image, and the share ``(...)`` of each area that is left.
+
+    A box without area keeps 1 where it lies in the image and 0 outside.
+    """
+    clipped = boxes.clamp(0, 1)
+    sides, left = boxes[..., 2:] - boxes[..., :2], clipped[..., 2:] - clipped[..., :2]
+    inside = (clipped == boxes).unflatten(-1, (2, 2)).all(-2)
+    share = torch.where(sides > 0, left / sides, inside.to(boxes.dtype))
+    return clipped, share.prod(-1)
+
+
+# How language models write a box: as shares of the image, as thousandths of it, or as pixels of the image they see.
+BOX_STYLES = ("relative", "thousandths", "pixels")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
+# What may stand between two numbers of a box: brackets, separators, names of coordinates.
+_BETWEEN = re.compile(
+    r"""(?:[\s,;:|\[\](){}<>"'=]|[xy]_?(?:min|max|[0-2])?(?!\w)|left|top|right|bottom|and|to)*""", re.I
+)
+_SLACK = 0.05  # of the image, by which a written box may lead out of it
+
+
+def format_box(box: Sequence[float], style: str = "relative", size: tuple[int, int] | None = None) -> str:
+    """A box as text: ``[0.123, 0.456, 0.789, 1.000]``, or whole numbers for the other styles.
+
+    Args:
+        box: ``x0 y0 x1 y1`` relative to the image.
+        style: one of :data:`BOX_STYLES`.
+        size: ``(height, width)`` of the image in pixels; only for ``"pixels"``.
+
+    Raises:
+        ValueError: a box that is not finite, inverted or leads out of the image; an unknown style; a missing size.
+    """
+    x0, y0, x1, y1 = (float(x) for x in box)
+    if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):  # and so for NaN
+        raise ValueError(f"format_box: expected 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1, got {list(box)}")
+    if style == "relative":
+        return "[" + ", ".join(f"{x:.3f}" for x in (x0, y0, x1, y1)) + "]"
+    width, height = _units(style, size)
+    return "[" + ", ".join(str(round(x * n)) for x, n in zip((x0, y0, x1, y1), (width, height) * 2, strict=True)) + "]"
+
+
+def parse_boxes(
+    text: str, style: str = "relative", size: tuple[int, int] | None = None
+) -> list[tuple[float, float, float, float]]:
+    """All boxes that a text holds, relative to the image; what is no box is passed over.
+
+    Any brackets and separators, names of coordinates, corners in any order, and numbers that lead out of the image a
+    little are taken; four numbers that lead out by more than a twentieth are no box.
+
+    Args:
+        text: what a model wrote.
+        style: one of :data:`BOX_STYLES`, in which the numbers are meant.
+        size: ``(height, width)`` of the image in pixels; only for ``"pixels"``.
+    """
+    width, height = (1, 1) if style == "relative" else _units(style, size)
+    found: list[tuple[float, float, float, float]] = []
+    run: list[re.Match[str]] = []
+    for number in _NUMBER.finditer(text):
+        between = text[run[-1].end() : number.start()] if run else ""
+        opens = "[" in between or "(" in between  # a box, or its second corner
+        if not _BETWEEN.fullmatch(between) or (opens and len(run) != 2):
+            run = []
+        run.append(number)
+        if len(run) == 4:
+            x0, y0, x1, y1 = (float(m.group()) / n for m, n in zip(run, (width, height) * 2, strict=True))
+            run = []
+            if all(-_SLACK <= x <= 1 + _SLACK for x in (x0, y0, x1, y1)):
+                x0, y0, x1, y1 = (min(max(x, 0.0), 1.0) for x in (x0, y0, x1, y1))
+                found.append((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)))
+    return found
+
+
+def _units(style: str, size: tuple[int, int] | None) -> tuple[int, int]:
+    """What 1 is written as, along x and y."""
+    if style == "thousandths":
+        return 1000, 1000
+    if style != "pixels":
+        raise ValueError(f"style: expected one of {', '.join(BOX_STYLES)}, got {style!r}")
+    if size is None:
+        raise ValueError("size: expected (height, width) of the image for style 'pixels', got None")
+    return size[1], size[0]
