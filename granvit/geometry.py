@@ -144,7 +144,6 @@ class BoxTransform:
     offset: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes and factors that no image has."""
         for name, size in (("source", self.source), ("target", self.target)):
             if min(size) < 1:
                 raise ValueError(f"BoxTransform: {name}: expected height and width of at least 1, got {size}")

@@ -1,0 +1,1 @@
+"""Region data: records, shards, and what training reads from them."""
