@@ -11,6 +11,7 @@ from typing import Any
 from granvit.errors import UserError
 
 KINDS = ("natural", "ocr")
+SIZES = ("small", "medium", "large")
 MAX_CAPTION = 4096  # characters; what is longer is no caption
 _REGION_FIELDS = ("box", "caption", "score", "origin")
 _RECORD_FIELDS = ("key", "width", "height", "source", "kind", "caption", "regions", "meta")
@@ -39,6 +40,11 @@ class Region:
     def area(self) -> float:
         """Share of the image."""
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+    def size(self) -> str:
+        """``"small"``, ``"medium"`` or ``"large"``: COCO's 32 and 96 pixels of a square's side, in an image of 512."""
+        side = math.sqrt(self.area())
+        return "small" if side < 32 / 512 else "medium" if side < 96 / 512 else "large"
 
 
 @dataclass(frozen=True)

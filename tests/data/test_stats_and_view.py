@@ -1,0 +1,145 @@
+"""Statistics by hand count, and the page as a browser shows it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from granvit.data.record import Record, Region
+from granvit.data.shards import ShardWriter
+from granvit.data.stats import DROPS, collect, render
+from granvit.data.view import write_page
+from granvit.errors import UserError
+from tests.data.support import encoded
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
+HOSTILE = '</script><b>bold</b> & <!-- "quoted" 豆'
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    small, large = (
+        Region((0.0, 0.0, 0.05, 0.05), "one two three", 0.5, "a"),
+        Region((0.0, 0.0, 1.0, 0.5), "", None, "b"),
+    )
+    with ShardWriter(folder, samples=4) as writer:
+        for number in range(6):
+            kind = "ocr" if number % 3 == 0 else "natural"
+            regions = (small, large) if number < 4 else (small, small, Region((0.1, 0.1, 0.2, 0.2), HOSTILE, 1.0, "a"))
+            record = Record(f"n{number}", 64, 48, f"source {number % 2}", kind, "whole" if number else None, regions)
+            # Two images are the same file.
+            writer.add(record, encoded(color=(40 * min(number, 4), 90, 20)), "jpg")
+    return folder
+
+
+def test_statistics_by_hand(shards: Path) -> None:
+    reported: list[int] = []
+    stats = collect(shards, reported.append)
+    assert reported == [4, 6]
+    assert (stats.samples, stats.regions) == (6, 14)
+    assert stats.kinds == {"natural": 4, "ocr": 2}
+    assert stats.sources == {"source 0": 3, "source 1": 3}
+    assert stats.origins == {"a": 10, "b": 4}
+    assert stats.sizes == {"small": 8, "medium": 2, "large": 4}
+    assert stats.regions_per_image == {2: 4, 3: 2}
+    assert stats.caption_words == {2: 8, 5: 2}
+    assert (stats.without_caption, stats.with_global_caption) == (4, 5)
+    assert (stats.same_image, stats.same_region) == (1, 2)
+    assert stats.bytes == sum(path.stat().st_size for path in shards.glob("*.tar"))
+    assert json.loads(json.dumps(stats.plain()))["kinds"] == {"natural": 4, "ocr": 2}
+
+
+def test_drops_that_annotation_counted_are_shown(shards: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    for path in shards.iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / DROPS).write_text('{"box area": 12, "short side": 30}')
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render(collect(tmp_path), tmp_path))
+    text = console.export_text()
+    assert re.search(r"dropped\s+│ short side\s+│\s+30 ", text)
+    assert re.search(r"images that repeat another\s+│ 1 \(16\.7 %\)", text)
+
+
+def browse(page: Path, script: str = "") -> str:
+    """The document after the page's scripts, and one more, have run."""
+    assert BROWSER is not None
+    copy = page.with_name("browsed.html")
+    copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=2000", "--window-size=1200,900"]
+    command = [BROWSER, *options, f"--screenshot={page.with_suffix('.png')}", "--dump-dom", copy.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def shown(document: str) -> list[str]:
+    return re.findall(r'<div class="key">(\w+) ', document)
+
+
+@needs_browser
+def test_the_page_in_a_browser(shards: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    counted: list[int] = []
+    assert write_page(shards, page, title="a <title>", progress=counted.append) == 6
+    assert counted == [1, 2, 3, 4, 5, 6]
+    document = browse(page)
+    assert sorted(shown(document)) == [f"n{i}" for i in range(6)]
+    assert "6 of 6 images, 14 regions" in document
+    assert document.count("<rect") == 14
+    assert "&lt;/script&gt;&lt;b&gt;bold&lt;/b&gt; &amp; &lt;!--" in document
+    assert "<h1>a &lt;title&gt;</h1>" in document
+    picture = Image.open(page.with_suffix(".png")).convert("RGB")
+    # The pictures are there: of each image's colour there are some hundred pixels.
+    for red in (0, 40, 80, 120, 160):
+        near = sum(n for n, c in picture.getcolors(1 << 24) if abs(c[0] - red) < 9 and abs(c[1] - 90) < 9 and c[2] < 40)
+        assert near > 500, red
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("script", "keys", "count"),
+    [
+        ("at('kind').value = 'ocr'; show()", ["n0", "n3"], "2 of 6 images, 4 regions"),
+        ("at('source').value = 'source 1'; show()", ["n1", "n3", "n5"], "3 of 6 images, 7 regions"),
+        ("at('size').value = 'medium'; show()", ["n4", "n5"], "2 of 6 images, 2 regions"),
+        ("at('text').value = 'nowhere'; show()", [], "0 of 6 images, 0 regions"),
+        ("at('text').value = 'BOLD'; show()", ["n4", "n5"], "2 of 6 images, 2 regions"),
+        (
+            "at('size').value = 'large'; at('kind').value = 'natural'; show()",
+            ["n1", "n2"],
+            "2 of 6 images, 2 regions",
+        ),
+    ],
+)
+def test_filters(shards: Path, tmp_path: Path, script: str, keys: list[str], count: str) -> None:
+    page = tmp_path / "page.html"
+    write_page(shards, page)
+    document = browse(page, script)
+    assert sorted(shown(document)) == keys
+    assert count in document
+
+
+def test_a_page_needs_samples_that_can_be_read(shards: Path, tmp_path: Path) -> None:
+    assert write_page(shards, tmp_path / "some.html", count=3) == 3
+    with ShardWriter(tmp_path / "empty"):
+        pass
+    with pytest.raises(UserError, match="empty: holds no samples to look at"):
+        write_page(tmp_path / "empty", tmp_path / "none.html")
+    with ShardWriter(tmp_path / "broken") as writer:
+        writer.add(Record("bad", 4, 4, ""), b"no image", "jpg")
+    with pytest.raises(UserError, match="sample bad: its image cannot be read"):
+        write_page(tmp_path / "broken", tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
