@@ -20,12 +20,10 @@ void BoxEmbeddingProducts<T>::start(const ProductArgs<T>& args, const Epilogue& 
 template <typename T>
 template <bool kInnerA, bool kInnerB, typename Epilogue>
 void BoxEmbeddingProducts<T>::start_by_size(const ProductArgs<T>& args, const Epilogue& epilogue, cudaStream_t stream) {
-  const int rows = tile_rows(args.rows);
-  if (rows == Small::kRows) return start<Small, kInnerA, kInnerB>(args, epilogue, stream);
-  if constexpr (sizeof(T) == 2) {
-    if (rows == Large::kRows) return start<Large, kInnerA, kInnerB>(args, epilogue, stream);
-  }
-  start<Medium, kInnerA, kInnerB>(args, epilogue, stream);
+  if (args.rows <= kFewBoxes)
+    start<Small, kInnerA, kInnerB>(args, epilogue, stream);
+  else
+    start<Medium, kInnerA, kInnerB>(args, epilogue, stream);
 }
 
 template <typename T>
@@ -49,7 +47,7 @@ void BoxEmbeddingProducts<T>::grad_hidden(const ProductArgs<T>& args, const Slop
 template <typename T>
 void BoxEmbeddingProducts<T>::grad_features(const ProductArgs<T>& args, const PlainEpilogue<T>& epilogue,
                                             cudaStream_t stream) {
-  start<Small, true, false>(args, epilogue, stream);
+  start_by_size<true, false>(args, epilogue, stream);
 }
 
 template <typename T>

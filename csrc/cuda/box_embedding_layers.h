@@ -1,4 +1,5 @@
-// What box_embedding does with the sums of its products, kProductVec columns of a row at a time; see product.h.
+// What box_embedding does with the rows of its products, kEpilogueVec columns at a time: as the epilogue of a product,
+// or in a pass of its own over rows in memory.
 #pragma once
 
 #include "elementary.h"
@@ -6,61 +7,15 @@
 
 namespace granvit::cuda {
 
-// Rows that an epilogue reads or writes.
-template <typename T>
-struct EpilogueRows {
-  T* data;
-  int64_t stride;
-  bool wide;  // whether kProductVec columns can be read and written 16 bytes at a time
-
-  using Element = std::remove_const_t<T>;
-  static constexpr int kOnce = kWide<Element>;
-
-  __device__ __forceinline__ T* at(int64_t row, int column) const { return data + row * stride + column; }
-
-  __device__ __forceinline__ void read(int64_t row, int column, int count, float (&x)[kProductVec]) const {
-    const T* from = at(row, column);
-    if (wide && count == kProductVec) {
-#pragma unroll
-      for (int i = 0; i < kProductVec; i += kOnce) {
-        float part[kOnce];
-        load<Element, kOnce>(from + i, part);
-#pragma unroll
-        for (int e = 0; e < kOnce; ++e) x[i + e] = part[e];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kProductVec; ++i) x[i] = i < count ? widen(from[i]) : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void write(int64_t row, int column, int count, const float (&x)[kProductVec]) const {
-    T* to = at(row, column);
-    if (wide && count == kProductVec) {
-#pragma unroll
-      for (int i = 0; i < kProductVec; i += kOnce) {
-        float part[kOnce];
-#pragma unroll
-        for (int e = 0; e < kOnce; ++e) part[e] = x[i + e];
-        store<Element, kOnce>(to + i, part);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kProductVec; ++i)
-        if (i < count) to[i] = narrow<Element>(x[i]);
-    }
-  }
-};
-
-// Of kProductVec columns, for all rows of a thread.
+// Of kEpilogueVec columns, for all rows of a thread.
 template <typename T>
 struct Bias {
-  const T* data;
-  float own[kProductVec];
+  const T* data;  // null: none
+  float own[kEpilogueVec];
 
   __device__ __forceinline__ void start(int column, int count) {
 #pragma unroll
-    for (int i = 0; i < kProductVec; ++i) own[i] = i < count ? widen(data[column + i]) : 0.0f;
+    for (int i = 0; i < kEpilogueVec; ++i) own[i] = data != nullptr && i < count ? widen(data[column + i]) : 0.0f;
   }
 };
 
@@ -73,11 +28,11 @@ struct GeluEpilogue {
   EpilogueRows<T> activation;
 
   __device__ __forceinline__ void start(int column, int count) { bias.start(column, count); }
-  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kProductVec]) const {
+  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kEpilogueVec]) const {
     add(x, 1.0f, bias.own);
     if (hidden.data != nullptr) hidden.write(row, column, count, x);
 #pragma unroll
-    for (int i = 0; i < kProductVec; ++i) x[i] *= normal<sizeof(T) == 2>(x[i]).cdf;
+    for (int i = 0; i < kEpilogueVec; ++i) x[i] *= normal<sizeof(T) == 2>(x[i]).cdf;
     activation.write(row, column, count, x);
   }
 };
@@ -93,7 +48,7 @@ struct TokenEpilogue {
   int64_t index_stride;
 
   __device__ __forceinline__ void start(int column, int count) { bias.start(column, count); }
-  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kProductVec]) const {
+  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kEpilogueVec]) const {
     const int64_t target = index == nullptr ? row : index[row * index_stride];
     if (target < 0 || target >= out_rows) return;
     add(x, 1.0f, bias.own);
@@ -113,11 +68,11 @@ struct SlopeEpilogue {
   int columns;
 
   __device__ __forceinline__ void start(int, int) {}
-  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kProductVec]) const {
-    float h[kProductVec], act[kProductVec];
+  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kEpilogueVec]) const {
+    float h[kEpilogueVec], act[kEpilogueVec];
     hidden.read(row, column, count, h);
 #pragma unroll
-    for (int i = 0; i < kProductVec; ++i) {
+    for (int i = 0; i < kEpilogueVec; ++i) {
       const Normal n = normal<sizeof(T) == 2>(h[i]);
       act[i] = h[i] * n.cdf;
       x[i] *= n.cdf + h[i] * n.density;
@@ -130,15 +85,60 @@ struct SlopeEpilogue {
   }
 };
 
+// Writes rows as they are.
 template <typename T>
 struct PlainEpilogue {
   static constexpr bool kSums = false;
   EpilogueRows<T> out;
 
   __device__ __forceinline__ void start(int, int) {}
-  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kProductVec]) const {
+  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kEpilogueVec]) const {
     out.write(row, column, count, x);
   }
 };
+
+// The sums of columns for each block of rows, and a copy of the rows. Either may be missing.
+template <typename T>
+struct SumEpilogue {
+  static constexpr bool kSums = true;
+  EpilogueRows<T> copy;
+  float* partial_sums;  // (row blocks, columns)
+  int columns;
+
+  __device__ __forceinline__ void start(int, int) {}
+  __device__ __forceinline__ void operator()(int row, int column, int count, float (&x)[kEpilogueVec]) const {
+    if (copy.data != nullptr) copy.write(row, column, count, x);
+  }
+  __device__ __forceinline__ void finish(int row_block, int column, float sum) const {
+    if (partial_sums != nullptr) partial_sums[static_cast<int64_t>(row_block) * columns + column] = sum;
+  }
+};
+
+constexpr int kPassRows = 128;  // of a block
+constexpr int kPassColumns = 128;
+
+template <typename T>
+struct PassArgs {
+  EpilogueRows<const T> from;
+  int64_t from_rows;
+  const int64_t* index;  // row of `from` for each row, zeros where it has no such row; null: its own number
+  int64_t index_stride;
+  int rows;
+  int columns;
+};
+
+template <typename T, typename Epilogue>
+__global__ void __launch_bounds__(kEpilogueThreads) box_embedding_pass_kernel(PassArgs<T> args, Epilogue epilogue) {
+  const int first_row = blockIdx.x * kPassRows;
+  apply_epilogue<kPassRows, kPassColumns>(
+      epilogue, {static_cast<int>(blockIdx.x), args.rows, static_cast<int>(blockIdx.y) * kPassColumns, args.columns},
+      reinterpret_cast<float*>(shared_memory()), [&](int r, int own, int count, float (&x)[kEpilogueVec]) {
+        const int row = first_row + r;
+        const int64_t source = args.index == nullptr ? row : args.index[row * args.index_stride];
+        set_zero(x);
+        if (source < 0 || source >= args.from_rows) return;
+        args.from.read(source, static_cast<int>(blockIdx.y) * kPassColumns + own, count, x);
+      });
+}
 
 }  // namespace granvit::cuda

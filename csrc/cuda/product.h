@@ -3,14 +3,13 @@
 // wanted. Tiles of the operands arrive by asynchronous copies, several steps ahead of their use.
 #pragma once
 
+#include "epilogue.h"
 #include "launch.h"
 #include "mma.h"
-#include "vec.h"
 
 namespace granvit::cuda {
 
-constexpr int kProductThreads = 128;
-constexpr int kProductVec = 8;   // neighbouring columns that an epilogue gets at a time
+constexpr int kProductThreads = kEpilogueThreads;
 constexpr int kGroupedRows = 8;  // row blocks that are worked on together, so that they share operands in the cache
 
 // How a block goes about its part of a product. Four warps; kSlices of them share a tile and split each step's depth.
@@ -60,17 +59,21 @@ struct SharedTile {
     const int chunk = threadIdx.x % kChunks, line = threadIdx.x / kChunks;
     const int column = first_column + chunk * kPerChunk;
     const T* row = from.data + static_cast<int64_t>(first_line + line) * from.stride + column;
+    if (from.wide) {
 #pragma unroll
-    for (int i = 0; i < kLines; i += kLinesAtOnce) {
-      const bool inside = first_line + line + i < from.lines;
-      T* const place = to + chunk_place(line + i, chunk);
-      if (from.wide) {
-        const bool keep = inside && column < from.columns;
-        copy_async(place, keep ? row : from.data, keep);
-      } else {
-        for (int e = 0; e < kPerChunk; ++e) place[e] = inside && column + e < from.columns ? row[e] : narrow<T>(0);
+      for (int i = 0; i < kLines; i += kLinesAtOnce) {
+        const bool keep = first_line + line + i < from.lines && column < from.columns;
+        copy_async(to + chunk_place(line + i, chunk), keep ? row : from.data, keep);
+        row += kLinesAtOnce * from.stride;
       }
-      row += kLinesAtOnce * from.stride;
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kLines; i += kLinesAtOnce) {
+        const bool inside = first_line + line + i < from.lines;
+        T* const place = to + chunk_place(line + i, chunk);
+        for (int e = 0; e < kPerChunk; ++e) place[e] = inside && column + e < from.columns ? row[e] : narrow<T>(0);
+        row += kLinesAtOnce * from.stride;
+      }
     }
   }
 };
@@ -218,8 +221,6 @@ __device__ __forceinline__ TilePlace tile_place(int row_blocks, int column_block
   return {kGroupedRows * group + within % size, within / size};
 }
 
-// The epilogue takes kProductVec columns of a row at a time. Where Epilogue::kSums, it leaves in them what is to be
-// added up over the tile's rows, and gets the sums of each column after that.
 template <typename T, typename Tile, bool kInnerA, bool kInnerB, typename Epilogue>
 __global__ void __launch_bounds__(kProductThreads, Tile::kBlocks)
     box_embedding_product_kernel(ProductArgs<T> args, Epilogue epilogue) {
@@ -255,41 +256,23 @@ __global__ void __launch_bounds__(kProductThreads, Tile::kBlocks)
   product.write(sums);
   __syncthreads();
 
-  constexpr int kGroups = Tile::kColumns / kProductVec, kRowsAtOnce = kProductThreads / kGroups;
-  const int own = threadIdx.x % kGroups * kProductVec, column = first_column + own;
-  const int count = min(args.columns - column, kProductVec);
-  float total[kProductVec];
-  set_zero(total);
-  epilogue.start(column, count);
-#pragma unroll 1
-  for (int r = threadIdx.x / kGroups; r < Tile::kRows && count > 0 && first_row + r < args.rows; r += kRowsAtOnce) {
-    float x[kProductVec];
-    set_zero(x);
+  apply_epilogue<Tile::kRows, Tile::kColumns>(
+      epilogue, {place.row_block, args.rows, first_column, args.columns}, sums,
+      [&](int r, int own, int, float (&x)[kEpilogueVec]) {
+        set_zero(x);
 #pragma unroll
-    for (int s = 0; s < Tile::kSlices; ++s) {
-      const auto* from = reinterpret_cast<const float4*>(sums + (s * Tile::kRows + r) * Tile::kPitch + own);
+        for (int s = 0; s < Tile::kSlices; ++s) {
+          const auto* from = reinterpret_cast<const float4*>(sums + (s * Tile::kRows + r) * Tile::kPitch + own);
 #pragma unroll
-      for (int i = 0; i < kProductVec; i += 4) {
-        const float4 part = from[i / 4];
-        x[i] += part.x;
-        x[i + 1] += part.y;
-        x[i + 2] += part.z;
-        x[i + 3] += part.w;
-      }
-    }
-    epilogue(first_row + r, column, count, x);
-    if constexpr (Epilogue::kSums) granvit::cuda::add(total, 1.0f, x);
-  }
-  if constexpr (Epilogue::kSums) {
-    __syncthreads();  // the sums have been read
-    store_floats(sums + threadIdx.x / kGroups * Tile::kColumns + own, total);
-    __syncthreads();
-    for (int c = threadIdx.x; c < Tile::kColumns && first_column + c < args.columns; c += kProductThreads) {
-      float sum = 0;
-      for (int r = 0; r < kRowsAtOnce; ++r) sum += sums[r * Tile::kColumns + c];
-      epilogue.finish(place.row_block, first_column + c, sum);
-    }
-  }
+          for (int i = 0; i < kEpilogueVec; i += 4) {
+            const float4 part = from[i / 4];
+            x[i] += part.x;
+            x[i + 1] += part.y;
+            x[i + 2] += part.z;
+            x[i + 3] += part.w;
+          }
+        }
+      });
 }
 
 }  // namespace granvit::cuda
