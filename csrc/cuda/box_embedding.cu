@@ -4,10 +4,6 @@
 namespace granvit::cuda::embedding {
 namespace {
 
-// Boxes that go through the library's products together: their layers stay in the second-level cache between a product
-// and the pass over it, and memory for them is bounded.
-constexpr int64_t kBoxesAtOnce = 8192;
-
 template <typename T>
 class Forward {
  public:
@@ -93,8 +89,8 @@ std::tuple<Tensor, Tensor> box_embedding(const Tensor& boxes, const Tensor& freq
                                          const Tensor& b1, const Tensor& w2, const Tensor& b2,
                                          const std::optional<Tensor>& out, const std::optional<Tensor>& index,
                                          bool save_hidden) {
-  const DeviceScope device(boxes);
   const Problem p(boxes, frequencies, w1, w2, index);
+  const DeviceScope device(boxes);
   expect(out.has_value() == index.has_value(), kOp, ": out, index: expected both or neither");
   Tensor tokens = p.new_rows(out ? out->size(0) : p.num_boxes, p.size);
   if (out) {
@@ -108,8 +104,8 @@ std::tuple<Tensor, Tensor> box_embedding(const Tensor& boxes, const Tensor& freq
 
 void box_embedding_(const Tensor& out, const Tensor& index, const Tensor& boxes, const Tensor& frequencies,
                     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  const DeviceScope device(boxes);
   const Problem p(boxes, frequencies, w1, w2, index);
+  const DeviceScope device(boxes);
   p.check_sequence(out, "out");
   expect(out.size(1) <= 1 || out.stride(1) == 1, kOp, ": out: expected a contiguous last dimension");
   embed(p, b1, b2, std::nullopt, out, device.stream);

@@ -5,25 +5,25 @@
 namespace granvit::cuda::embedding {
 namespace {
 
-// Boxes whose gradients go through the library's product by w2 together; a multiple of kPassRows.
-constexpr int64_t kBoxesAtOnce = 8192;
 constexpr int kMaxRowsAtOnce = 64;  // boxes of a block of the angles' gradients
 
-// Adds up what `count` blocks left, (count, elements of out); see partial_sums.
+// Where `count` blocks leave their shares of `out`, in float32; `out` itself, if it can be, for one.
+std::optional<Tensor> partial_sums(const Tensor& out, int64_t count, bool needed) {
+  if (!needed) return std::nullopt;
+  if (count == 1 && out.scalar_type() == ScalarType::Float) return out;
+  return torch::stable::new_empty(out, {count, out.numel()}, ScalarType::Float);
+}
+float* floats(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; }
+
+// Adds up what `count` blocks left.
 void add_up(const std::optional<Tensor>& partial, int64_t count, const Tensor& out, cudaStream_t stream) {
+  if (partial->const_data_ptr() == out.const_data_ptr()) return;
   const int64_t elements = out.numel();
   launch(kOp, box_embedding_add_up_kernel, dim3(grid_blocks(kOp, blocks_of(elements, kAddUpColumns))),
          dim3(kAddUpColumns * kAddUpLanes), kAddUpColumns * kAddUpLanes * sizeof(float), stream,
          static_cast<const float*>(partial->const_data_ptr()), static_cast<int>(count), elements,
          RealResults{out.mutable_data_ptr(), real_type(out, "gradient")});
 }
-
-// Where `count` blocks leave their shares of `out`.
-std::optional<Tensor> partial_sums(const Tensor& out, int64_t count, bool needed) {
-  if (!needed) return std::nullopt;
-  return torch::stable::new_empty(out, {count, out.numel()}, ScalarType::Float);
-}
-float* floats(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; }
 
 struct Needed {
   bool boxes, frequencies, w1, b1, w2, b2;
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> box_embedding_backwar
     const Tensor& grad, const Tensor& boxes, const Tensor& frequencies, const Tensor& w1, const Tensor& b1,
     const Tensor& w2, const Tensor& b2, const Tensor& hidden, const std::optional<Tensor>& index, bool need_boxes,
     bool need_frequencies, bool need_w1, bool need_b1, bool need_w2, bool need_b2) {
-  const DeviceScope device(boxes);
   const Problem p(boxes, frequencies, w1, w2, index);
+  const DeviceScope device(boxes);
   p.check_sequence(grad, "grad");
   p.check_bias(b1, p.hidden_size, "b1");
   p.check_bias(b2, p.size, "b2");

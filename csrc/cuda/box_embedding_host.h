@@ -12,6 +12,11 @@ namespace granvit::cuda::embedding {
 
 constexpr const char* kOp = "box_embedding";
 
+// Boxes that go through the library's products together: their layers stay in the second-level cache between a product
+// and the pass over it, and memory for them is bounded.
+constexpr int64_t kBoxesAtOnce = 8192;
+static_assert(kBoxesAtOnce % kPassRows == 0);
+
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 inline RealType real_type(const Tensor& t, const char* name) {
