@@ -32,7 +32,7 @@ struct GeluEpilogue {
     add(x, 1.0f, bias.own);
     if (hidden.data != nullptr) hidden.write(row, column, count, x);
 #pragma unroll
-    for (int i = 0; i < kEpilogueVec; ++i) x[i] *= normal<sizeof(T) == 2>(x[i]).cdf;
+    for (int i = 0; i < kEpilogueVec; ++i) x[i] *= normal_for<T>(x[i]).cdf;
     activation.write(row, column, count, x);
   }
 };
@@ -73,7 +73,7 @@ struct SlopeEpilogue {
     hidden.read(row, column, count, h);
 #pragma unroll
     for (int i = 0; i < kEpilogueVec; ++i) {
-      const Normal n = normal<sizeof(T) == 2>(h[i]);
+      const Normal n = normal_for<T>(h[i]);
       act[i] = h[i] * n.cdf;
       x[i] *= n.cdf + h[i] * n.density;
     }

@@ -121,7 +121,6 @@ inline int shuffle_up(int offset, int width = kWarp) { return inside(lane() - of
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 
 using std::max;
 using std::min;
