@@ -1,5 +1,6 @@
 // box_embedding on the GPU: Fourier features, linear, GELU, linear; forward and in place.
 #include "box_embedding_host.h"
+#include "box_embedding_kept.h"
 
 namespace granvit::cuda::embedding {
 namespace {
@@ -85,6 +86,32 @@ void embed(const Problem& p, const Tensor& b1, const Tensor& b2, const std::opti
   });
 }
 
+// Copies a sequence; for many boxes only the rows that none of them is written to.
+void copy_sequence(const Problem& p, const Tensor& from, Tensor to, cudaStream_t stream) {
+  constexpr int64_t kMostRows = 0x7fffff00;  // that a pass can count
+  const int64_t rows = from.size(0);
+  if (p.num_boxes <= kSomeBoxes || rows > kMostRows) {
+    torch::stable::copy_(to, from);
+    return;
+  }
+  const Tensor kept = torch::stable::new_empty(from, {rows}, ScalarType::Long);
+  auto* numbers = static_cast<int64_t*>(kept.mutable_data_ptr());
+  launch(kOp, box_embedding_number_rows_kernel, dim3(grid_blocks(kOp, blocks_of(rows, kKeptThreads))),
+         dim3(kKeptThreads), 0, stream, numbers, rows);
+  launch(kOp, box_embedding_take_out_kernel, dim3(grid_blocks(kOp, blocks_of(p.num_boxes, kKeptThreads))),
+         dim3(kKeptThreads), 0, stream, numbers, rows, p.index(0), p.index_stride(), p.num_boxes);
+  const Tensor lines = with_contiguous_lines(from);
+  with_dtype(from, kOp, "out", [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    TokenEpilogue<T> copy{};
+    copy.out = epilogue_rows<T>(to);
+    copy.out_rows = rows;
+    copy.index = numbers;
+    copy.index_stride = 1;
+    pass<T>(lines, rows, numbers, 1, copy, stream);
+  });
+}
+
 std::tuple<Tensor, Tensor> box_embedding(const Tensor& boxes, const Tensor& frequencies, const Tensor& w1,
                                          const Tensor& b1, const Tensor& w2, const Tensor& b2,
                                          const std::optional<Tensor>& out, const std::optional<Tensor>& index,
@@ -95,7 +122,7 @@ std::tuple<Tensor, Tensor> box_embedding(const Tensor& boxes, const Tensor& freq
   Tensor tokens = p.new_rows(out ? out->size(0) : p.num_boxes, p.size);
   if (out) {
     p.check_sequence(*out, "out");
-    torch::stable::copy_(tokens, *out);
+    copy_sequence(p, *out, tokens, device.stream);
   }
   Tensor hidden = p.new_rows(save_hidden ? p.num_boxes : 0, p.hidden_size);
   embed(p, b1, b2, save_hidden ? std::optional(hidden) : std::nullopt, tokens, device.stream);

@@ -172,6 +172,8 @@ def test_rows_of_a_sequence(ops: Any, dtype: torch.dtype, boxes: int) -> None:
     assert torch.equal(result, out.index_copy(0, index, expected[0]))
     for name, ours, want in zip(NAMES, grads, expected[1:], strict=True):
         assert torch.equal(ours, want), name
+    columns = out.t().contiguous().t()
+    assert torch.equal(ops.box_embedding(*inputs, columns, index, False)[0], result)
     wide = torch.full((boxes + 23, 47), 5.0).to(dtype)
     wide[:, 1:41] = out
     ops.box_embedding_(wide[:, 1:41], column, *inputs)
