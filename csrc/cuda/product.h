@@ -163,6 +163,10 @@ struct WarpProduct {
       }
     } else {
       const int down = threadIdx.x % 32 / 8, across = threadIdx.x % 8;
+      // A step's products on their own first: rounding errors grow with the number of terms of a sum.
+      float part[kDown][kRight];
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) set_zero(part[i]);
 #pragma unroll 1
       for (int k = 0; k < kOwnDepth; k += 4) {
         const int inner = slice * kOwnDepth + k;
@@ -176,9 +180,13 @@ struct WarpProduct {
 #pragma unroll
           for (int j = 0; j < kRight; ++j)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[i][j][0] += left[e] * right[j][e];
+            for (int e = 0; e < 4; ++e) part[i][j] += left[e] * right[j][e];
         }
       }
+#pragma unroll
+      for (int i = 0; i < kDown; ++i)
+#pragma unroll
+        for (int j = 0; j < kRight; ++j) sum[i][j][0] += part[i][j];
     }
   }
 
