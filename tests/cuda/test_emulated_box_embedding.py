@@ -90,7 +90,7 @@ def test_more_boxes_than_go_through_the_products_at_once(ops: Any, in_sequence: 
 
 @pytest.mark.parametrize("boxes", [FEW, SOME])
 def test_long_sums_are_added_up_in_parts(ops: Any, boxes: int) -> None:
-    # Without frequencies the hidden layer is b1, and gelu(x) is x here. Added one to the other, 3000 numbers would be off by more.
+    # Without frequencies the hidden layer is b1, and gelu(x) is x here.
     b1, w2, b2 = torch.rand(3000) + 8, torch.rand(40, 3000), torch.zeros(40)
     nothing = (torch.zeros(boxes, 4), torch.zeros(4, 1), torch.zeros(3000, 2))
     out, _ = ops.box_embedding(*nothing, b1, w2, b2, None, None, False)
