@@ -28,7 +28,7 @@ class BoxEmbeddingProducts {
 
  private:
   // Rows, columns; those of a warp; slices; bytes of a step; stages; blocks of a multiprocessor.
-  using Small = ProductTile<32, 32, 32, 32, 4, 256, 4, 3>;
+  using Small = ProductTile<32, 32, 32, 32, 4, 256, 6, 2>;
   using Medium = ProductTile<64, 64, 32, 32, 1, 128, 4, 3>;
 
   template <typename Tile, bool kInnerA, bool kInnerB, typename Epilogue>
