@@ -189,8 +189,17 @@ def _backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tupl
     if any(needs[:6]):
         computed = ops.box_embedding_backward(grad, boxes, frequencies, w1, b1, w2, b2, hidden, index, *needs[:6])
         grads = [g if needed else None for g, needed in zip(computed, needs, strict=False)]
-    grad_out = grad.index_fill(0, index, 0) if needs[6] else None
+    grad_out = _without_rows(grad, index) if needs[6] else None
     return (*grads, grad_out, None, None)
+
+
+def _without_rows(grad: Tensor, index: Tensor) -> Tensor:
+    """grad with zeros in the rows `index`. On a device nobody has checked it: what is outside of grad is left out."""
+    rows = grad.shape[0]
+    inside = (index >= 0) & (index < rows)
+    # One row more than there are takes what is outside.
+    written = index.new_zeros(rows + 1, dtype=torch.bool).index_fill_(0, torch.where(inside, index, rows), True)
+    return grad.masked_fill(written[:rows, None], 0)
 
 
 def _fake(
@@ -206,12 +215,13 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     rows = boxes.shape[0] if out is None else out.shape[0]
     saved = boxes.shape[0] if save_hidden else 0
-    wide = torch.promote_types(w1.dtype, torch.float32)
-    return w1.new_empty((rows, w2.shape[0])), w1.new_empty((saved, w1.shape[0]), dtype=wide)
+    # On a GPU the saved layer is worth its bytes; stock PyTorch rounds it to the weights' dtype as well.
+    kept = w1.dtype if boxes.device.type == "cuda" else torch.promote_types(w1.dtype, torch.float32)
+    return w1.new_empty((rows, w2.shape[0])), w1.new_empty((saved, w1.shape[0]), dtype=kept)
 
 
 def _fake_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    # On a GPU the saved layer is worth its bytes; stock PyTorch rounds it to the weights' dtype as well.
+    # The same where Triton's interpreter runs it on the CPU.
     tokens, hidden = _fake(*args)
     return tokens, hidden.to(tokens.dtype)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from granvit import reference
 from granvit.ops import _dispatch, box_embedding
+from granvit.ops.box_embedding import _without_rows
 from tests.support import (
     DEVICE_TYPES,
     Comparison,
@@ -245,6 +246,16 @@ def test_rows_outside_of_the_sequence_are_left_out(device: str, impl: str, boxes
     silenced = grad.index_fill(0, index[~kept], 0)
     for got, want in zip(ours, ops.box_embedding_backward(silenced, *inputs, hidden, index, *[True] * 6), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICE_TYPES)
+def test_gradient_of_the_sequence_with_rows_outside_of_it(device: str) -> None:
+    grad = torch.randn(6, 3, device=device)
+    grad[4] = math.nan
+    index = torch.tensor([4, -1, 6, 2**40, 1], device=device)
+    assert torch.equal(_without_rows(grad, index), grad.index_fill(0, index[[0, 4]], 0))
+    assert _without_rows(grad[:0], index).shape == (0, 3)
+    assert torch.equal(_without_rows(grad, index[:0])[:4], grad[:4])
 
 
 @pytest.mark.parametrize(("device", "impl"), IMPLS)
