@@ -2,6 +2,8 @@
 #include "host.h"
 #include "region_attention_backward.h"
 #include "region_attention_forward.h"
+#include "region_attention_matrix_backward.h"
+#include "region_attention_matrix_forward.h"
 
 namespace granvit::cuda {
 namespace {
@@ -9,6 +11,7 @@ namespace {
 constexpr int kQueryBlock = 4;           // queries that share one reading of keys and values
 constexpr int kGradientQueryBlock = 2;   // likewise in the backward, which keeps more of each
 constexpr int64_t kBlocksWanted = 2048;  // that keep every multiprocessor of a large GPU busy
+constexpr int64_t kWarpsWanted = 2048;   // likewise where warps work alone
 
 // What forward and backward check, and the memory behind their views.
 struct Attention {
@@ -32,6 +35,8 @@ struct Attention {
            ": query: expected at least one head and a dim that is a multiple of 8 up to 256, got ", heads, " of ", dim);
     expect(query.stride(3) == 1 && (heads <= 1 || query.stride(2) == dim), op,
            ": query: expected contiguous heads and dim");
+    constexpr int64_t kMostQueries = 1 << 24;  // times kRegionChunk is a whole number of 32 bits
+    expect(queries <= kMostQueries, op, ": query: expected at most ", kMostQueries, " queries a region, got ", queries);
   }
 
   TokenLayout layout(const char* name, const Tensor& t, const Tensor& query, int64_t per_image) const {
@@ -147,6 +152,64 @@ void launch_backward(Attention& attention, RegionAttentionArgs<T> args, const Te
          dim3(shape.threads), TokenGradientShared::bytes(shape), stream, args);
 }
 
+// Calls body(std::integral_constant<int, kDim>) with a dim that the compiler knows, or 0.
+template <typename Body>
+void with_dim(int64_t dim, Body&& body) {
+  if (dim == 72) return body(std::integral_constant<int, 72>{});
+  if (dim == 64) return body(std::integral_constant<int, 64>{});
+  body(std::integral_constant<int, 0>{});
+}
+
+// Blocks of a kernel by region, whose warps need `tiles` tiles of rows each; and the room for parts.
+template <typename T>
+void launch_units(Attention& attention, void (*kernel)(RegionAttentionArgs<T>), void (*join)(RegionAttentionArgs<T>),
+                  RegionAttentionArgs<T> args, int tiles, const Tensor& like) {
+  MatrixShape& shape = args.matrix;
+  const size_t warp_bytes = sizeof(T) * tiles * kSide * shape.pitch;
+  shape.warps = std::min(matrix_warps(warp_bytes), args.heads * shape.slices);
+  std::optional<Tensor> memory;
+  attention.make_parts(args, kWarpsWanted / (attention.count * shape.query_blocks * args.heads * shape.slices), like,
+                       memory);
+  launch(attention.op, kernel, dim3(grid_blocks(attention.op, RegionUnit::blocks(args))), dim3(shape.warps * 32),
+         shape.warps * warp_bytes, attention.device.stream, args);
+  if (join != nullptr) launch_join(attention, join, args);
+}
+
+template <typename T>
+void launch_matrix_forward(Attention& attention, RegionAttentionArgs<T> args, const Tensor& like) {
+  with_dim(args.dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    args.matrix = matrix_shape(args.queries, args.dim, kDim != 0);
+    launch_units(attention, region_attention_matrix_kernel<T, kDim>, join_parts_kernel<T>, args, kForwardTiles, like);
+  });
+}
+
+template <typename T>
+void launch_matrix_backward(Attention& attention, RegionAttentionArgs<T> args, const Tensor& like, const Plan& plan) {
+  const cudaStream_t stream = attention.device.stream;
+  if (attention.packed || args.for_tokens())
+    launch_plan(attention.inputs.regions, attention.inputs.images, kTokenTile, NoCounts{}, plan, stream);
+  std::optional<Tensor> covers;
+  if (args.for_tokens()) {
+    covers = torch::stable::new_empty(like, {attention.count * static_cast<int64_t>(sizeof(Cover) / sizeof(float))},
+                                      ScalarType::Float);
+    args.covers = static_cast<Cover*>(covers->mutable_data_ptr());
+  }
+  with_dim(args.dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    MatrixShape& shape = args.matrix = matrix_shape(args.queries, args.dim, kDim != 0);
+    launch_units(attention, region_attention_matrix_query_gradient_kernel<T, kDim>,
+                 args.grad_query != nullptr ? join_query_gradient_kernel<T> : nullptr, args, kQueryGradientTiles, like);
+    if (!args.for_tokens()) return;
+    const size_t warp_bytes = TokenTileShared::warp_bytes(shape);
+    shape.warps = std::min(matrix_warps(warp_bytes), args.heads * shape.slices);
+    const int64_t blocks = (args.heads * shape.slices + shape.warps - 1) / shape.warps;
+    launch(attention.op, region_attention_matrix_token_gradient_kernel<T, kDim>,
+           dim3(grid_blocks(attention.op, attention.inputs.count_tiles(kTokenTile) * blocks)), dim3(shape.warps * 32),
+           TokenTileShared::kBlockBytes + shape.warps * warp_bytes, stream, args);
+  });
+}
+
 std::tuple<Tensor, Tensor> region_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& boxes, const Tensor& image_index,
                                             const std::optional<Tensor>& grid_sizes, int64_t grid_height,
@@ -164,14 +227,16 @@ std::tuple<Tensor, Tensor> region_attention(const Tensor& query, const Tensor& k
   with_dtype(query, attention.op, "query", [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const auto args = attention.arguments<T>(query, key, value, output, lse, scale);
-    with_vector<T>(attention.wide(args), [&](auto vec) {
-      constexpr int kVec = decltype(vec)::value;
+    const bool wide = attention.wide(args);
+    if constexpr (sizeof(T) == 2) {
       // Rows that are not aligned are rare: the block of queries serves one as well, and kernels take long to compile.
-      if constexpr (kVec > 1) {
-        if (queries == 1) return launch_forward<T, kVec, 1>(attention, args, query);
-      }
-      launch_forward<T, kVec, kQueryBlock>(attention, args, query);
-    });
+      if (wide) return launch_matrix_forward(attention, args, query);
+      launch_forward<T, 1, kQueryBlock>(attention, args, query);
+    } else {
+      if (!wide) return launch_forward<T, 1, kQueryBlock>(attention, args, query);
+      if (queries == 1) return launch_forward<T, kWide<T>, 1>(attention, args, query);
+      launch_forward<T, kWide<T>, kQueryBlock>(attention, args, query);
+    }
   });
   return {output, lse};
 }

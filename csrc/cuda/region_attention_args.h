@@ -12,6 +12,7 @@ namespace granvit::cuda {
 constexpr int kTokens = 16;             // tokens between two steps of the online softmax
 constexpr int kAttentionThreads = 256;  // at most
 constexpr int kMaxParts = 16;           // of a region
+constexpr int kRegionChunk = 64;        // regions that a block of the tokens' gradients looks at at a time
 
 // Thread = row * lanes + lane; a lane is a vector of channels of one head, rows share the tokens of a step.
 struct AttentionShape {
@@ -40,10 +41,11 @@ struct MatrixShape {
   int tiles;   // of 8 channels in a slice
   int pitch;   // elements from one row to the next in shared memory
   int warps;   // of a block
+  int query_blocks;
 };
 
 // What a region covers, with the log2 of the coverage of its outermost rows and columns; 32 bytes.
-struct Cover {
+struct alignas(16) Cover {
   int row;
   int column;
   int height;
@@ -108,6 +110,7 @@ struct Parts {
 };
 __device__ __forceinline__ Parts make_parts(int64_t cells, int max_parts) {
   const int64_t steps = (cells + kTokens - 1) / kTokens;
+  if (max_parts == 1) return {steps * kTokens, 1};
   const int64_t size = (steps + max_parts - 1) / max_parts * kTokens;
   return {size, cells > 0 ? static_cast<int>((cells + size - 1) / size) : 1};
 }

@@ -7,8 +7,7 @@
 
 namespace granvit::cuda {
 
-constexpr int kOwnedTokens = 4;   // of a row, that a thread of the tokens' gradients owns
-constexpr int kRegionChunk = 64;  // regions that are looked at at a time
+constexpr int kOwnedTokens = 4;  // of a row, that a thread of the tokens' gradients owns
 
 template <typename T, int kVec, int kQueries>
 __global__ void __launch_bounds__(kAttentionThreads, 1)

@@ -230,8 +230,10 @@ def test_views_and_rows_that_are_not_aligned(ops: Any) -> None:
         odd = torch.randn(3, 40, 4 * 24 + 1).to(dtype)[:, :, 1:].unflatten(2, (4, 24))
         output, lse = ops.region_attention(probe, odd, value, *rest)
         dense, dense_lse = ops.region_attention(contiguous[0], odd.contiguous(), contiguous[2], *rest)
-        torch.testing.assert_close(output, dense)
-        torch.testing.assert_close(lse.float(), dense_lse.float())
+        # In 16 bits they are not the kernels with matrix units either, which round the weights.
+        near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+        torch.testing.assert_close(output, dense, **near)
+        torch.testing.assert_close(lse, dense_lse, rtol=1e-6, atol=2e-6)
 
 
 def test_more_regions_than_blocks_are_wanted(ops: Any) -> None:

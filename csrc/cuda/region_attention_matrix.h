@@ -1,0 +1,306 @@
+// What the kernels of region_attention with matrix units share. A warp works alone: it owns a head (or a slice of a
+// wide one), keeps tiles of 16 rows in its own part of shared memory, and waits for nobody else. Rows are tokens or
+// queries; scores are tiles of 16 x 16. Single queries take this path too: padded to 16 they still cost fewer
+// instructions than multiplying one by one, because nothing has to be widened or summed over lanes.
+#pragma once
+
+#include "mma.h"
+#include "region_attention_args.h"
+
+namespace granvit::cuda {
+
+constexpr int kSide = 16;        // rows of a tile
+constexpr int kChannels = 8;     // of a product's tile, and of a 16-byte access
+constexpr int kSliceTiles = 8;   // of kChannels, where the compiler does not know the dim
+constexpr int kMatrixWarps = 4;  // of a block, at most
+constexpr unsigned kAll = 0xffffffffu;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+static_assert(kTokens == kSide, "regions are cut into parts of whole tiles");
+
+// Without the number of warps, which depends on the kernel.
+inline MatrixShape matrix_shape(int64_t queries, int dim, bool known_dim) {
+  const int tiles = dim / kChannels, slices = known_dim ? 1 : (tiles + kSliceTiles - 1) / kSliceTiles;
+  return {slices, (tiles + slices - 1) / slices, (tiles | 1) * kChannels, 0,
+          static_cast<int>((queries + kSide - 1) / kSide)};
+}
+
+// Warps of a block, such that several blocks fit a multiprocessor.
+inline int matrix_warps(size_t warp_bytes) {
+  constexpr size_t kBlockBytes = 64 << 10;
+  return static_cast<int>(std::clamp<size_t>(kBlockBytes / warp_bytes, 1, kMatrixWarps));
+}
+
+// A head's channels as a kernel sees them: constants where kDim is not 0. A row takes an odd number of 16-byte pieces
+// in shared memory, so that eight rows of a matrix lie in different banks.
+template <typename T, int kDim>
+struct HeadRows {
+  static constexpr int kTiles = kDim > 0 ? kDim / kChannels : kSliceTiles;  // of a slice, at most
+  int run_time_dim;
+  MatrixShape shape;
+
+  __device__ __forceinline__ explicit HeadRows(const RegionAttentionArgs<T>& a)
+      : run_time_dim(a.dim), shape(a.matrix) {}
+
+  __device__ __forceinline__ int dim() const { return kDim > 0 ? kDim : run_time_dim; }
+  __device__ __forceinline__ int pieces() const { return dim() / kChannels; }
+  __device__ __forceinline__ int pitch() const { return kDim > 0 ? (kDim / kChannels | 1) * kChannels : shape.pitch; }
+  __device__ __forceinline__ int slices() const { return kDim > 0 ? 1 : shape.slices; }
+  // Of the slice that starts at piece `first`.
+  __device__ __forceinline__ int tiles(int first) const {
+    return kDim > 0 ? kTiles : min(shape.tiles, pieces() - first);
+  }
+  __device__ __forceinline__ int tile_elements() const { return kSide * pitch(); }
+
+  // Calls copy(element of the tile, row, channel) for every 16-byte piece of a tile, lanes side by side; all lanes take
+  // part in every call, those beyond the last piece with a negative element.
+  template <typename Copy>
+  __device__ __forceinline__ void for_each_piece(const Copy& copy) const {
+    const int lane = threadIdx.x % 32, count = kSide * pieces();
+#pragma unroll
+    for (int first = 0; first < count; first += 32) {
+      const int i = first + lane, row = i / pieces() % kSide, channel = i % pieces() * kChannels;
+      copy(i < count ? row * pitch() + channel : -1, row, channel);
+    }
+  }
+
+  // product = a b^T for tiles of rows: rows group, group + 8 of a; columns 2 member, + 1 of the first and last eight
+  // rows of b. Every sum runs over the channels in the same order.
+  __device__ __forceinline__ void multiply(float (&product)[2][4], const T* a, const T* b) const {
+    const int lane = threadIdx.x % 32;
+    const T* from_a = a + lane % 16 * pitch() + lane / 16 * 8;
+    const T* from_b = b + (lane / 16 * 8 + lane % 8) * pitch() + lane / 8 % 2 * 8;
+    set_zero(product[0]);
+    set_zero(product[1]);
+    uint32_t x[4], y[4];
+#pragma unroll
+    for (int k = 0; k + 16 <= dim(); k += 16) {
+      load_matrices(x, from_a + k);
+      load_matrices(y, from_b + k);
+      mma(product[0], x, {y[0], y[1]}, T());
+      mma(product[1], x, {y[2], y[3]}, T());
+    }
+    if (dim() % 16 != 0) {
+      const int last = lane % 16 * pitch() + dim() - 8;
+      load_matrices(x, a + last);
+      load_matrices(y, b + last);
+      mma_8(product[0], {x[0], x[1]}, y[0], T());
+      mma_8(product[1], {x[0], x[1]}, y[1], T());
+    }
+  }
+
+  // total += weights rows, for the slice's channels of a tile of rows; weights (16, 16) as pack() makes them.
+  __device__ __forceinline__ void accumulate(float (&total)[kTiles][4], const uint32_t (&weights)[4], const T* rows,
+                                             int first) const {
+    const int lane = threadIdx.x % 32, count = tiles(first);
+    const T* from = rows + lane % 16 * pitch() + first * kChannels;
+    uint32_t y[4];
+#pragma unroll
+    for (int i = 0; i < kTiles; i += 2) {
+      if (i >= count) continue;
+      const bool two = i + 1 < kTiles && i + 1 < count;
+      load_matrices_transposed(y, from + (i + (two ? lane / 16 : 0)) * kChannels);
+      mma(total[i], weights, {y[0], y[1]}, T());
+      if (i + 1 < kTiles && two) mma(total[i + 1 < kTiles ? i + 1 : i], weights, {y[2], y[3]}, T());
+    }
+  }
+
+  // Writes the slice's channels of totals, times a factor for rows group and group + 8, through `tile` in shared
+  // memory: to(row) is where a row's first channel goes, or null. All lanes are done with `tile`.
+  template <typename To>
+  __device__ __forceinline__ void store(const float (&total)[kTiles][4], float2 factor, T* tile, int first,
+                                        const To& to) const {
+    const int lane = threadIdx.x % 32, group = lane / 4, member = lane % 4, count = tiles(first);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (i >= count) continue;
+      T* at = tile + group * pitch() + (first + i) * kChannels + 2 * member;
+      put(at, total[i][0] * factor.x, total[i][1] * factor.x);
+      put(at + 8 * pitch(), total[i][2] * factor.y, total[i][3] * factor.y);
+    }
+    __syncwarp();
+    for (int i = lane; i < kSide * count; i += 32) {
+      const int row = i / count, channel = (first + i % count) * kChannels;
+      T* start = to(row);
+      if (start != nullptr)
+        __stwb(reinterpret_cast<uint4*>(start + channel),
+               *reinterpret_cast<const uint4*>(tile + row * pitch() + channel));
+    }
+  }
+
+  static __device__ __forceinline__ void put(T* to, float x, float y) {
+    const auto pair = Pair<T>::narrow(x, y);
+    memcpy(to, &pair, sizeof(pair));
+  }
+};
+
+template <typename T, int kDim>
+constexpr int kHeadTiles = HeadRows<T, kDim>::kTiles;
+
+// A product's tile, rounded, as the left side of the next product.
+template <typename T>
+__device__ __forceinline__ void pack(uint32_t (&packed)[4], const float (&x)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto pair = Pair<T>::narrow(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+    memcpy(&packed[i], &pair, sizeof(pair));
+  }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void set_zero(float (&total)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) set_zero(total[i]);
+}
+
+// Over the four lanes that share rows of a product.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+// By a whole warp: four lanes take a logarithm each, in double as everything about coverage.
+__device__ __forceinline__ Cover make_cover(const Footprint& f) {
+  const int edge = threadIdx.x % 4;  // top, bottom, left, right
+  const int line = edge == 0 ? f.row : edge == 1 ? f.row + f.height - 1 : edge == 2 ? f.column : f.column + f.width - 1;
+  const double cover = edge < 2 ? cell_coverage(f.y0, f.y1, line) : cell_coverage(f.x0, f.x1, line);
+  // A single row is the first and the last one.
+  const bool counted = !f.whole && !(edge == 1 && f.height == 1) && !(edge == 3 && f.width == 1);
+  const float own = counted ? static_cast<float>(log2(cover)) : 0.0f;
+  return {f.row,
+          f.column,
+          f.height,
+          f.width,
+          __shfl_sync(kAll, own, 0),
+          __shfl_sync(kAll, own, 1),
+          __shfl_sync(kAll, own, 2),
+          __shfl_sync(kAll, own, 3)};
+}
+
+// What a warp of the kernels by region does: a part of a region, a head or a slice of one, and a block of queries.
+// Slices and heads lie side by side in memory, and so do the warps that read them.
+struct RegionUnit {
+  int64_t r;
+  int64_t first_query;
+  int part;
+  int head;  // beyond the heads for a warp that is left over
+  int slice;
+
+  template <typename T>
+  static int64_t blocks(const RegionAttentionArgs<T>& a) {
+    const MatrixShape& shape = a.matrix;
+    return a.regions.count * shape.query_blocks * a.max_parts *
+           ((a.heads * shape.slices + shape.warps - 1) / shape.warps);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ explicit RegionUnit(const RegionAttentionArgs<T>& a) {
+    const unsigned warps = blockDim.x / 32, slices = a.matrix.slices, parts = a.max_parts;
+    const unsigned blocks = (a.heads * slices + warps - 1) / warps, query_blocks = a.matrix.query_blocks;
+    const unsigned of_region = blockIdx.x % blocks * warps + threadIdx.x / 32, rest = blockIdx.x / blocks;
+    slice = static_cast<int>(of_region % slices);
+    head = static_cast<int>(of_region / slices);
+    part = static_cast<int>(rest % parts);
+    first_query = static_cast<int64_t>(rest / parts % query_blocks) * kSide;
+    r = rest / parts / query_blocks;
+  }
+};
+
+// Where the unit's query q stands among all parts' queries.
+template <typename T>
+__device__ __forceinline__ int64_t part_row(const RegionAttentionArgs<T>& a, const RegionUnit& unit, int q) {
+  return (unit.r * a.max_parts + unit.part) * a.queries + unit.first_query + q;
+}
+
+// The cells of a part of a region, a tile at a time; each lane has the tile's cell lane % 16.
+struct CellWalk {
+  Cover cover;
+  int64_t first_token;  // of the region, in its image
+  int64_t left;         // cells from the next tile's first one to the end
+  int image_width;
+  int y = 0;
+  int x = 0;
+  int step_y = 0;
+  int step_x = 0;
+
+  __device__ __forceinline__ CellWalk(const Cover& cover, int image_width, int64_t begin, int64_t end)
+      : cover(cover),
+        first_token(static_cast<int64_t>(cover.row) * image_width + cover.column),
+        left(end - begin),
+        image_width(image_width) {
+    if (left <= 0) return;
+    const auto width = static_cast<unsigned>(cover.width);
+    const int64_t first_y = begin > 0 ? begin / width : 0;  // long divisions take long
+    const unsigned from_x = static_cast<unsigned>(begin - first_y * width) + threadIdx.x % kSide;
+    y = static_cast<int>(first_y) + static_cast<int>(from_x / width);
+    x = static_cast<int>(from_x % width);
+    step_y = static_cast<int>(kSide / width);
+    step_x = static_cast<int>(kSide % width);
+  }
+
+  __device__ __forceinline__ bool any() const { return left > 0; }
+  __device__ __forceinline__ bool valid() const { return static_cast<int>(threadIdx.x % kSide) < left; }
+  // In its image; cells that are not valid have the region's first token.
+  __device__ __forceinline__ int64_t token() const {
+    return first_token + (valid() ? static_cast<int64_t>(y) * image_width + x : 0);
+  }
+  __device__ __forceinline__ float log2_coverage() const { return valid() ? cover.log2_coverage(y, x) : -INFINITY; }
+  __device__ __forceinline__ void advance() {
+    left -= kSide;
+    y += step_y;
+    x += step_x;
+    if (x >= cover.width) {
+      x -= cover.width;
+      ++y;
+    }
+  }
+};
+
+// Begins to copy the keys and values of a walk's next tile, zeros where there is no cell.
+template <typename T, int kDim>
+__device__ __forceinline__ void copy_cells(const HeadRows<T, kDim>& rows, const CellWalk& walk, T* keys, T* values,
+                                           const T* from_keys, int64_t key_stride, const T* from_values,
+                                           int64_t value_stride) {
+  const int64_t own = walk.token();
+  const int64_t left = walk.left;
+  rows.for_each_piece([&](int to, int row, int channel) {
+    const int64_t token = __shfl_sync(kAll, own, row);
+    if (to < 0) return;
+    copy_async(keys + to, from_keys + token * key_stride + channel, row < left);
+    copy_async(values + to, from_values + token * value_stride + channel, row < left);
+  });
+}
+
+// Likewise rows of queries, of which there are `count`.
+template <typename T, int kDim>
+__device__ __forceinline__ void copy_queries(const HeadRows<T, kDim>& rows, T* to, const T* from, int64_t stride,
+                                             int count) {
+  rows.for_each_piece([&](int at, int row, int channel) {
+    if (at >= 0) copy_async(to + at, from + (row < count ? row * stride : 0) + channel, row < count);
+  });
+}
+
+// Writes the totals of one of several parts of a region, unrounded; see RegionAttentionArgs.
+template <typename T, int kDim>
+__device__ __forceinline__ void store_part(const RegionAttentionArgs<T>& a, const HeadRows<T, kDim>& rows,
+                                           const RegionUnit& unit, const float (&total)[kHeadTiles<T, kDim>][4],
+                                           int queries) {
+  const int lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
+  const int first = unit.slice * rows.shape.tiles, count = rows.tiles(first);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int q = group + 8 * half;
+    if (q >= queries) continue;
+    float* to = a.part_output + (part_row(a, unit, q) * a.heads + unit.head) * a.dim + first * kChannels + 2 * member;
+#pragma unroll
+    for (int i = 0; i < kHeadTiles<T, kDim>; ++i)
+      if (i < count)
+        *reinterpret_cast<float2*>(to + i * kChannels) = make_float2(total[i][half * 2], total[i][half * 2 + 1]);
+  }
+}
+
+}  // namespace granvit::cuda

@@ -1,0 +1,301 @@
+// region_attention backward with matrix units: the gradient of the queries by region, as the forward goes, and those of
+// keys and values by tile of 4 x 4 tokens.
+#pragma once
+
+#include "region_attention_matrix.h"
+
+namespace granvit::cuda {
+
+// A warp's tiles in shared memory: queries, gradients of their outputs, and two of keys and of values.
+constexpr int kQueryGradientTiles = 6;
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kMatrixWarps * 32, 4)
+    region_attention_matrix_query_gradient_kernel(RegionAttentionArgs<T> a) {
+  const HeadRows<T, kDim> rows(a);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
+  const RegionUnit unit(a);
+  if (unit.head >= a.heads) return;
+  const Region region = a.regions[unit.r];
+  const ImageGrid image = a.images[region.image];
+  const Footprint footprint = make_footprint(region, image);
+  const Parts parts = make_parts(footprint.cells(), a.max_parts);
+  if (unit.part >= parts.count) return;
+  const int64_t begin = unit.part * parts.size, end = min(begin + parts.size, footprint.cells());
+  const int queries = static_cast<int>(min(static_cast<int64_t>(kSide), a.queries - unit.first_query));
+  const int first = unit.slice * rows.shape.tiles;
+  const int64_t channel = static_cast<int64_t>(unit.head) * rows.dim();
+  const int64_t own = (unit.r * a.queries + unit.first_query) * a.heads * a.dim + channel, own_stride = a.heads * a.dim;
+  const Cover cover = make_cover(footprint);
+  if (a.covers != nullptr && unit.head == 0 && unit.slice == 0 && unit.part == 0 && unit.first_query == 0 && lane == 0)
+    a.covers[unit.r] = cover;
+
+  T* query_tile = reinterpret_cast<T*>(shared_memory()) + warp * kQueryGradientTiles * rows.tile_elements();
+  T* grad_tile = query_tile + rows.tile_elements();
+  T* cells = grad_tile + rows.tile_elements();  // keys and values of even tiles, then of odd ones; first: outputs
+  const T* keys = a.key.image(image, region.image) + channel;
+  const T* values = a.value.image(image, region.image) + channel;
+  CellWalk walk(cover, image.width, begin, end);
+  const auto fetch = [&](int odd) {
+    T* to = cells + odd * 2 * rows.tile_elements();
+    if (walk.any())
+      copy_cells(rows, walk, to, to + rows.tile_elements(), keys, a.key.row_stride, values, a.value.row_stride);
+    commit_copies();
+  };
+  T* output_tile = cells + 2 * rows.tile_elements();
+  copy_queries(rows, query_tile, a.query + unit.r * a.query_region_stride + unit.first_query * a.query_stride + channel,
+               a.query_stride, queries);
+  copy_queries(rows, grad_tile, a.grad + own, own_stride, queries);
+  copy_queries(rows, output_tile, static_cast<const T*>(a.output) + own, own_stride, queries);
+  commit_copies();
+  if (a.grad_query != nullptr) fetch(0);
+
+  // Of rows group and group + 8: lse as log2.
+  float4 statistics[2];
+  double lse[2] = {0, 0};
+  for (int half = 0; half < 2; ++half)
+    if (group + 8 * half < queries)
+      lse[half] = a.lse[(unit.r * a.heads + unit.head) * a.queries + unit.first_query + group + 8 * half] * kLog2E;
+  if (a.grad_query != nullptr)
+    wait_for_copies<1>();
+  else
+    wait_for_copies<0>();
+  __syncwarp();
+  // The diagonal of a product with the outputs: in the order in which grad . value is added up, so that their
+  // difference is zero where one cell has all the weight.
+  float slope[2][4];
+  rows.multiply(slope, grad_tile, output_tile);
+  __syncwarp();  // before cells take the outputs' place
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float diagonal = group % 2 == 0 ? slope[half][half * 2] : slope[half][half * 2 + 1];
+    statistics[half] = make_statistics(lse[half], __shfl_sync(kAll, diagonal, group * 4 + group / 2));
+    const int q = group + 8 * half;
+    if (a.statistics != nullptr && member == 0 && q < queries && unit.part == 0 && unit.slice == 0)
+      a.statistics[(unit.r * a.heads + unit.head) * a.queries + unit.first_query + q] = statistics[half];
+  }
+  if (a.grad_query == nullptr) return;
+
+  const float scale = a.scale * static_cast<float>(kLog2E);
+  float total[kHeadTiles<T, kDim>][4];
+  set_zero(total);
+  for (int odd = 0; walk.any(); odd ^= 1) {
+    const float own_bias = walk.log2_coverage();
+    walk.advance();
+    fetch(odd ^ 1);
+    wait_for_copies<1>();
+    __syncwarp();
+    const T* tile = cells + odd * 2 * rows.tile_elements();
+    float weight[2][4];
+    rows.multiply(weight, query_tile, tile);
+    rows.multiply(slope, grad_tile, tile + rows.tile_elements());
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float bias = __shfl_sync(kAll, own_bias, i / 2 * 8 + 2 * member + i % 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4& s = statistics[half];
+        float& x = slope[i / 2][half * 2 + i % 2];
+        const float score = fmaf(weight[i / 2][half * 2 + i % 2], scale, bias);
+        x = bias == -INFINITY ? 0 : exp2f(score - s.x - s.y) * (x - s.z);
+      }
+    }
+    uint32_t packed[4];
+    pack<T>(packed, slope);
+    rows.accumulate(total, packed, tile, first);
+    __syncwarp();  // before the next but one tile takes this one's place
+  }
+  wait_for_copies<0>();
+
+  if (parts.count > 1) return store_part(a, rows, unit, total, queries);
+  __syncwarp();
+  rows.store(total, make_float2(a.scale, a.scale), query_tile, first,
+             [&](int q) { return q < queries ? a.grad_query + own + q * own_stride : nullptr; });
+}
+
+constexpr Tile kTokenTile{4, 4};
+
+// Queries of regions, of one head, that a tile of tokens meets together.
+struct QueryTable {
+  Cover cover[kSide];        // of their regions
+  float4 statistics[kSide];  // see make_statistics
+};
+
+// Dynamic shared memory of the tokens' gradients: what a block shares, then each warp's own.
+struct TokenTileShared {
+  static constexpr int kTiles = 6;  // of a warp: keys, values, and two of queries and of gradients of their outputs
+
+  Cover* covers;     // [kRegionChunk]: regions that touch the tile
+  int64_t* regions;  // [kRegionChunk]
+  int* warp_counts;  // [kMatrixWarps]
+
+  static constexpr size_t kBlockBytes = (sizeof(Cover) + sizeof(int64_t)) * kRegionChunk + sizeof(int) * kMatrixWarps;
+  static size_t warp_bytes(const MatrixShape& shape) {
+    return 2 * sizeof(QueryTable) + kTiles * kSide * shape.pitch * 2;  // elements of two bytes
+  }
+  __device__ __forceinline__ TokenTileShared() {
+    covers = reinterpret_cast<Cover*>(shared_memory());
+    regions = reinterpret_cast<int64_t*>(covers + kRegionChunk);
+    warp_counts = reinterpret_cast<int*>(regions + kRegionChunk);
+  }
+  static __device__ __forceinline__ QueryTable* tables(int warp, int tile_elements) {
+    return reinterpret_cast<QueryTable*>(shared_memory() + kBlockBytes +
+                                         warp * (2 * sizeof(QueryTable) + kTiles * tile_elements * 2));
+  }
+};
+static_assert(TokenTileShared::kBlockBytes % 16 == 0);
+
+// 0 * NaN would reach tokens of the tile that a region does not cover: a query in which anything is not finite becomes
+// zeros, with weights of NaN where it belongs. By a whole warp, whose copies have arrived.
+template <typename T, int kDim>
+__device__ __forceinline__ void keep_finite(const HeadRows<T, kDim>& rows, QueryTable& table, T* queries, T* grads) {
+  const int row = threadIdx.x % kSide;
+  const float4 s = table.statistics[row];
+  const bool finite = fabsf(s.x) < INFINITY && fabsf(s.z) < INFINITY;
+  const unsigned others = __ballot_sync(kAll, !finite);
+  if (others == 0) return;
+  if (!finite && threadIdx.x % 32 < kSide) table.statistics[row].x = NAN;
+  rows.for_each_piece([&](int at, int of_row, int) {
+    if (at < 0 || (others >> of_row & 1) == 0) return;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) queries[at + c] = grads[at + c] = narrow<T>(0);
+  });
+  __syncwarp();
+}
+
+// A block owns a tile of tokens, a warp a head of it. Queries of all regions that touch the tile form one list, which
+// the warp walks 16 at a time, the next 16 under way meanwhile.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kMatrixWarps * 32, 3)
+    region_attention_matrix_token_gradient_kernel(RegionAttentionArgs<T> a) {
+  const HeadRows<T, kDim> rows(a);
+  const TokenTileShared shared;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4,
+            member = lane % 4;
+  const int units = a.heads * rows.slices(), blocks = (units + warps - 1) / warps;
+  const int unit = static_cast<int>(blockIdx.x % blocks) * warps + warp;
+  const OwnedTile owned = find_tile(a.images, a.tile_start, kTokenTile, blockIdx.x / blocks);
+  if (owned.image.width == 0) return;
+  const int head = unit / rows.slices(), first = unit % rows.slices() * rows.shape.tiles;
+  const int64_t channel = static_cast<int64_t>(head) * rows.dim();
+  QueryTable* tables = TokenTileShared::tables(warp, rows.tile_elements());
+  T* key_tile = reinterpret_cast<T*>(tables + 2);
+  T* value_tile = key_tile + rows.tile_elements();
+  T* query_tiles = value_tile + rows.tile_elements();  // queries and gradients of even steps, then of odd ones
+  const float scale = a.scale * static_cast<float>(kLog2E);
+  const int y = owned.y + group / kTokenTile.width, x = owned.x + group % kTokenTile.width;  // and two rows below
+  // Of row `row` of the tiles; negative outside the image.
+  const auto token_of = [&](int row) {
+    const int token_y = owned.y + row / kTokenTile.width, token_x = owned.x + row % kTokenTile.width;
+    const bool inside = token_y < owned.end_y && token_x < owned.end_x;
+    return inside ? static_cast<int64_t>(token_y) * owned.image.width + token_x : int64_t{-1};
+  };
+  const auto copy_tokens = [&] {
+    const T* keys = a.key.image(owned.image, owned.b) + channel;
+    const T* values = a.value.image(owned.image, owned.b) + channel;
+    rows.for_each_piece([&](int to, int row, int from) {
+      if (to < 0) return;
+      const int64_t token = token_of(row), at = token < 0 ? 0 : token;
+      copy_async(key_tile + to, keys + at * a.key.row_stride + from, token >= 0);
+      copy_async(value_tile + to, values + at * a.value.row_stride + from, token >= 0);
+    });
+  };
+  // Queries `from` to `from` + 15 of the list of `count`.
+  const auto fetch = [&](int from, int count, int odd) {
+    const int row = lane % kSide, position = from + row;
+    const bool valid = position < count;
+    const auto queries = static_cast<int>(a.queries);
+    const int slot = valid ? position / queries : 0, q = valid ? position % queries : 0;
+    const int64_t r = shared.regions[slot];
+    if (lane < kSide) {
+      tables[odd].cover[row] = valid ? shared.covers[slot] : Cover{};
+      copy_async(&tables[odd].statistics[row], a.statistics + (r * a.heads + head) * a.queries + q, valid);
+    }
+    const int64_t own_query = r * a.query_region_stride + q * a.query_stride + channel;
+    const int64_t own_grad = (r * a.queries + q) * a.heads * a.dim + channel;
+    T* to = query_tiles + odd * 2 * rows.tile_elements();
+    rows.for_each_piece([&](int at, int of_row, int piece) {
+      const int64_t from_query = __shfl_sync(kAll, own_query, of_row), from_grad = __shfl_sync(kAll, own_grad, of_row);
+      if (at < 0) return;
+      copy_async(to + at, a.query + from_query + piece, from + of_row < count);
+      copy_async(to + rows.tile_elements() + at, a.grad + from_grad + piece, from + of_row < count);
+    });
+  };
+
+  float key_total[kHeadTiles<T, kDim>][4], value_total[kHeadTiles<T, kDim>][4];
+  set_zero(key_total);
+  set_zero(value_total);
+  bool loaded = false;
+  const int64_t last = a.region_start[owned.b + 1];
+  const int chunk = min(static_cast<int>(blockDim.x), kRegionChunk);
+  for (int64_t start = a.region_start[owned.b]; start < last; start += chunk) {
+    int64_t r = 0;
+    Cover cover{};
+    bool touches = false;
+    if (static_cast<int>(threadIdx.x) < chunk && start + threadIdx.x < last) {
+      r = a.order[start + threadIdx.x];
+      cover = a.covers[r];
+      touches = owned.touches(cover.row, cover.column, cover.height, cover.width);
+    }
+    const Rank rank = rank_threads(touches, shared.warp_counts);
+    if (touches) {
+      shared.regions[rank.before] = r;
+      shared.covers[rank.before] = cover;
+    }
+    __syncthreads();
+    const int count = unit < units ? rank.count * static_cast<int>(a.queries) : 0;
+    if (count > 0) {
+      if (!loaded) copy_tokens();
+      loaded = true;
+      fetch(0, count, 0);
+      commit_copies();
+    }
+    for (int from = 0, odd = 0; from < count; from += kSide, odd ^= 1) {
+      if (from + kSide < count) fetch(from + kSide, count, odd ^ 1);
+      commit_copies();
+      wait_for_copies<1>();
+      __syncwarp();
+      T* query_tile = query_tiles + odd * 2 * rows.tile_elements();
+      T* grad_tile = query_tile + rows.tile_elements();
+      keep_finite(rows, tables[odd], query_tile, grad_tile);
+      float weight[2][4], slope[2][4];  // (tokens, queries)
+      rows.multiply(weight, key_tile, query_tile);
+      rows.multiply(slope, value_tile, grad_tile);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = i / 2 * 8 + 2 * member + i % 2;
+        const Cover of_region = tables[odd].cover[column];
+        const float4 s = tables[odd].statistics[column];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int from_y = y + half * (8 / kTokenTile.width) - of_region.row, from_x = x - of_region.column;
+          const bool covered = from_y >= 0 && from_y < of_region.height && from_x >= 0 && from_x < of_region.width;
+          float& w = weight[i / 2][half * 2 + i % 2];
+          float& d = slope[i / 2][half * 2 + i % 2];
+          const float score = fmaf(w, scale, of_region.log2_coverage(from_y, from_x));
+          w = covered ? exp2f(score - s.x - s.y) : 0;
+          d = covered ? w * (d - s.z) : 0;
+        }
+      }
+      uint32_t packed[4];
+      pack<T>(packed, weight);
+      rows.accumulate(value_total, packed, grad_tile, first);
+      pack<T>(packed, slope);
+      rows.accumulate(key_total, packed, query_tile, first);
+      __syncwarp();  // before the next but one step takes this one's place
+    }
+    __syncthreads();  // these regions have been read
+  }
+  if (unit >= units) return;
+  const auto store = [&](const auto& total, float factor, T* tile, const TokenView<T>& to) {
+    T* start = to.image(owned.image, owned.b) + channel;
+    rows.store(total, make_float2(factor, factor), tile, first, [&](int row) {
+      const int64_t token = token_of(row);
+      return token < 0 ? nullptr : start + token * to.row_stride;
+    });
+  };
+  store(key_total, a.scale, key_tile, a.grad_key);
+  store(value_total, 1, value_tile, a.grad_value);
+}
+
+}  // namespace granvit::cuda
