@@ -290,8 +290,14 @@ std::tuple<Tensor, Tensor, Tensor> region_attention_backward(
       args.region_start = memory.plan.region_start;
       args.tile_start = memory.plan.tile_start;
     }
-    with_vector<T>(attention.wide(args),
-                   [&](auto vec) { launch_backward<T, decltype(vec)::value>(attention, args, query, memory.plan); });
+    const bool wide = attention.wide(args);
+    if constexpr (sizeof(T) == 2) {
+      if (wide) return launch_matrix_backward(attention, args, query, memory.plan);
+      launch_backward<T, 1>(attention, args, query, memory.plan);
+    } else {
+      if (wide) return launch_backward<T, kWide<T>>(attention, args, query, memory.plan);
+      launch_backward<T, 1>(attention, args, query, memory.plan);
+    }
   });
   return {grad_query, grad_key, grad_value};
 }
