@@ -12,6 +12,7 @@ constexpr int kQueryBlock = 4;           // queries that share one reading of ke
 constexpr int kGradientQueryBlock = 2;   // likewise in the backward, which keeps more of each
 constexpr int64_t kBlocksWanted = 2048;  // that keep every multiprocessor of a large GPU busy
 constexpr int64_t kWarpsWanted = 2048;   // likewise where warps work alone
+constexpr int kLongestRun = 8;           // of heads that a warp takes one after the other
 
 // What forward and backward check, and the memory behind their views.
 struct Attention {
@@ -36,6 +37,9 @@ struct Attention {
     expect(query.stride(3) == 1 && (heads <= 1 || query.stride(2) == dim), op,
            ": query: expected contiguous heads and dim");
     constexpr int64_t kMostQueries = 1 << 24;  // times kRegionChunk is a whole number of 32 bits
+    constexpr int64_t kMostTokens = 0x7fffffff;
+    expect(keys.num_tokens <= kMostTokens, op, ": key: expected at most ", kMostTokens, " tokens, got ",
+           keys.num_tokens);
     expect(queries <= kMostQueries, op, ": query: expected at most ", kMostQueries, " queries a region, got ", queries);
   }
 
@@ -166,10 +170,13 @@ void launch_units(Attention& attention, void (*kernel)(RegionAttentionArgs<T>), 
                   RegionAttentionArgs<T> args, int tiles, const Tensor& like) {
   MatrixShape& shape = args.matrix;
   const size_t warp_bytes = sizeof(T) * tiles * kSide * shape.pitch;
-  shape.warps = std::min(matrix_warps(warp_bytes), args.heads * shape.slices);
+  const int across = args.heads * shape.slices;
+  const int64_t warps = attention.count * shape.query_blocks * across;
+  // What precedes a region's first head costs as much as several tiles: where there are enough warps, they share it.
+  shape.run = static_cast<int>(std::clamp<int64_t>(warps / kWarpsWanted, 1, std::min(across, kLongestRun)));
+  shape.warps = std::min(matrix_warps(warp_bytes), (across + shape.run - 1) / shape.run);
   std::optional<Tensor> memory;
-  attention.make_parts(args, kWarpsWanted / (attention.count * shape.query_blocks * args.heads * shape.slices), like,
-                       memory);
+  attention.make_parts(args, kWarpsWanted / warps, like, memory);
   launch(attention.op, kernel, dim3(grid_blocks(attention.op, RegionUnit::blocks(args))), dim3(shape.warps * 32),
          shape.warps * warp_bytes, attention.device.stream, args);
   if (join != nullptr) launch_join(attention, join, args);

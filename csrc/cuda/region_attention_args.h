@@ -41,6 +41,7 @@ struct MatrixShape {
   int tiles;   // of 8 channels in a slice
   int pitch;   // elements from one row to the next in shared memory
   int warps;   // of a block
+  int run;     // slices or heads that a warp of the kernels by region takes one after the other
   int query_blocks;
 };
 
@@ -197,20 +198,20 @@ struct OwnedTile {
 
 // Where the grids are on the device, there are more blocks than tiles.
 __device__ __forceinline__ OwnedTile find_tile(const Images& images, const int64_t* tile_start, Tile shape,
-                                               int64_t index) {
-  int64_t b, t;
+                                               unsigned index) {
+  unsigned b, t;  // as few bits as blocks have: long divisions take long
   if (tile_start == nullptr) {
-    const int64_t tiles = shape.count(images.height, images.width);
+    const auto tiles = static_cast<unsigned>(shape.count(images.height, images.width));
     b = index / tiles;
     t = index % tiles;
   } else {
     if (index >= tile_start[images.count]) return {};
-    b = find_segment(tile_start, images.count, index);
-    t = index - tile_start[b];
+    b = static_cast<unsigned>(find_segment(tile_start, images.count, index));
+    t = static_cast<unsigned>(index - tile_start[b]);
   }
   const ImageGrid image = images[b];
   if (image.width == 0) return {};
-  const int across = (image.width + shape.width - 1) / shape.width;
+  const unsigned across = (static_cast<unsigned>(image.width) + shape.width - 1) / shape.width;
   const int y = static_cast<int>(t / across) * shape.height, x = static_cast<int>(t % across) * shape.width;
   return {image, b, y, x, min(y + shape.height, image.height), min(x + shape.width, image.width)};
 }

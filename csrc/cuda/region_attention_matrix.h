@@ -21,7 +21,11 @@ static_assert(kTokens == kSide, "regions are cut into parts of whole tiles");
 // Without the number of warps, which depends on the kernel.
 inline MatrixShape matrix_shape(int64_t queries, int dim, bool known_dim) {
   const int tiles = dim / kChannels, slices = known_dim ? 1 : (tiles + kSliceTiles - 1) / kSliceTiles;
-  return {slices, (tiles + slices - 1) / slices, (tiles | 1) * kChannels, 0,
+  return {slices,
+          (tiles + slices - 1) / slices,
+          (tiles | 1) * kChannels,
+          0,
+          1,
           static_cast<int>((queries + kSide - 1) / kSide)};
 }
 
@@ -52,21 +56,37 @@ struct HeadRows {
   }
   __device__ __forceinline__ int tile_elements() const { return kSide * pitch(); }
 
-  // Calls copy(element of the tile, row, channel) for every 16-byte piece of a tile, lanes side by side; all lanes take
-  // part in every call, those beyond the last piece with a negative element.
-  template <typename Copy>
-  __device__ __forceinline__ void for_each_piece(const Copy& copy) const {
-    const int lane = threadIdx.x % 32, count = kSide * pieces();
+  // Calls visit(element of the tile, row, channel) for every 16-byte piece of a tile, lanes side by side in memory. All
+  // lanes take part in every call, those that are left over with a negative element.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_piece(const Visit& visit) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kDim > 0) {
+      // Rows of eight pieces and perhaps a ninth: no divisions.
+      static_assert(kDim % 64 == 0 || kDim % 64 == 8);
 #pragma unroll
-    for (int first = 0; first < count; first += 32) {
-      const int i = first + lane, row = i / pieces() % kSide, channel = i % pieces() * kChannels;
-      copy(i < count ? row * pitch() + channel : -1, row, channel);
+      for (int column = 0; column + 64 <= kDim; column += 64)
+#pragma unroll
+        for (int first = 0; first < kSide; first += 4) {
+          const int row = first + lane / 8, channel = column + lane % 8 * kChannels;
+          visit(row * pitch() + channel, row, channel);
+        }
+      if constexpr (kDim % 64 == 8) {
+        const int row = lane % kSide, channel = kDim - kChannels;
+        visit(lane < kSide ? row * pitch() + channel : -1, row, channel);
+      }
+    } else {
+      const int count = kSide * pieces();
+      for (int first = 0; first < count; first += 32) {
+        const int i = first + lane, row = i / pieces() % kSide, channel = i % pieces() * kChannels;
+        visit(i < count ? row * pitch() + channel : -1, row, channel);
+      }
     }
   }
 
-  // product = a b^T for tiles of rows: rows group, group + 8 of a; columns 2 member, + 1 of the first and last eight
-  // rows of b. Every sum runs over the channels in the same order.
-  __device__ __forceinline__ void multiply(float (&product)[2][4], const T* a, const T* b) const {
+  // product = a b^T for tiles of rows: rows group, group + 8 of a; columns 2 member, + 1 of the first and, where
+  // `both`, of the last eight rows of b. Every sum runs over the channels in the same order.
+  __device__ __forceinline__ void multiply(float (&product)[2][4], const T* a, const T* b, bool both = true) const {
     const int lane = threadIdx.x % 32;
     const T* from_a = a + lane % 16 * pitch() + lane / 16 * 8;
     const T* from_b = b + (lane / 16 * 8 + lane % 8) * pitch() + lane / 8 % 2 * 8;
@@ -78,14 +98,14 @@ struct HeadRows {
       load_matrices(x, from_a + k);
       load_matrices(y, from_b + k);
       mma(product[0], x, {y[0], y[1]}, T());
-      mma(product[1], x, {y[2], y[3]}, T());
+      if (both) mma(product[1], x, {y[2], y[3]}, T());
     }
     if (dim() % 16 != 0) {
       const int last = lane % 16 * pitch() + dim() - 8;
       load_matrices(x, a + last);
       load_matrices(y, b + last);
       mma_8(product[0], {x[0], x[1]}, y[0], T());
-      mma_8(product[1], {x[0], x[1]}, y[1], T());
+      if (both) mma_8(product[1], {x[0], x[1]}, y[1], T());
     }
   }
 
@@ -119,13 +139,12 @@ struct HeadRows {
       put(at + 8 * pitch(), total[i][2] * factor.y, total[i][3] * factor.y);
     }
     __syncwarp();
-    for (int i = lane; i < kSide * count; i += 32) {
-      const int row = i / count, channel = (first + i % count) * kChannels;
+    const int begin = first * kChannels, end = begin + count * kChannels;
+    for_each_piece([&](int at, int row, int channel) {
       T* start = to(row);
-      if (start != nullptr)
-        __stwb(reinterpret_cast<uint4*>(start + channel),
-               *reinterpret_cast<const uint4*>(tile + row * pitch() + channel));
-    }
+      if (at >= 0 && start != nullptr && channel >= begin && channel < end)
+        __stwb(reinterpret_cast<uint4*>(start + channel), *reinterpret_cast<const uint4*>(tile + at));
+    });
   }
 
   static __device__ __forceinline__ void put(T* to, float x, float y) {
@@ -181,29 +200,30 @@ __device__ __forceinline__ Cover make_cover(const Footprint& f) {
           __shfl_sync(kAll, own, 3)};
 }
 
-// What a warp of the kernels by region does: a part of a region, a head or a slice of one, and a block of queries.
-// Slices and heads lie side by side in memory, and so do the warps that read them.
+// What a warp of the kernels by region does: a part of a region, a run of heads (or slices of one), and a block of
+// queries. Slices and heads lie side by side in memory, and so do the warps that read them.
 struct RegionUnit {
   int64_t r;
   int64_t first_query;
   int part;
-  int head;  // beyond the heads for a warp that is left over
-  int slice;
+  int first;  // of heads * slices
+  int last;
 
   template <typename T>
   static int64_t blocks(const RegionAttentionArgs<T>& a) {
     const MatrixShape& shape = a.matrix;
-    return a.regions.count * shape.query_blocks * a.max_parts *
-           ((a.heads * shape.slices + shape.warps - 1) / shape.warps);
+    const int runs = (a.heads * shape.slices + shape.run - 1) / shape.run;
+    return a.regions.count * shape.query_blocks * a.max_parts * ((runs + shape.warps - 1) / shape.warps);
   }
 
   template <typename T>
   __device__ __forceinline__ explicit RegionUnit(const RegionAttentionArgs<T>& a) {
-    const unsigned warps = blockDim.x / 32, slices = a.matrix.slices, parts = a.max_parts;
-    const unsigned blocks = (a.heads * slices + warps - 1) / warps, query_blocks = a.matrix.query_blocks;
-    const unsigned of_region = blockIdx.x % blocks * warps + threadIdx.x / 32, rest = blockIdx.x / blocks;
-    slice = static_cast<int>(of_region % slices);
-    head = static_cast<int>(of_region / slices);
+    const unsigned warps = blockDim.x / 32, across = a.heads * a.matrix.slices, run = a.matrix.run;
+    const unsigned blocks = ((across + run - 1) / run + warps - 1) / warps;
+    const unsigned parts = a.max_parts, query_blocks = a.matrix.query_blocks, rest = blockIdx.x / blocks;
+    const unsigned begin = (blockIdx.x % blocks * warps + threadIdx.x / 32) * run;
+    first = static_cast<int>(min(begin, across));
+    last = static_cast<int>(min(begin + run, across));
     part = static_cast<int>(rest % parts);
     first_query = static_cast<int64_t>(rest / parts % query_blocks) * kSide;
     r = rest / parts / query_blocks;
@@ -219,8 +239,8 @@ __device__ __forceinline__ int64_t part_row(const RegionAttentionArgs<T>& a, con
 // The cells of a part of a region, a tile at a time; each lane has the tile's cell lane % 16.
 struct CellWalk {
   Cover cover;
-  int64_t first_token;  // of the region, in its image
-  int64_t left;         // cells from the next tile's first one to the end
+  int first_token;  // of the region, in its image
+  int64_t left;     // cells from the next tile's first one to the end
   int image_width;
   int y = 0;
   int x = 0;
@@ -228,10 +248,7 @@ struct CellWalk {
   int step_x = 0;
 
   __device__ __forceinline__ CellWalk(const Cover& cover, int image_width, int64_t begin, int64_t end)
-      : cover(cover),
-        first_token(static_cast<int64_t>(cover.row) * image_width + cover.column),
-        left(end - begin),
-        image_width(image_width) {
+      : cover(cover), first_token(cover.row * image_width + cover.column), left(end - begin), image_width(image_width) {
     if (left <= 0) return;
     const auto width = static_cast<unsigned>(cover.width);
     const int64_t first_y = begin > 0 ? begin / width : 0;  // long divisions take long
@@ -245,9 +262,7 @@ struct CellWalk {
   __device__ __forceinline__ bool any() const { return left > 0; }
   __device__ __forceinline__ bool valid() const { return static_cast<int>(threadIdx.x % kSide) < left; }
   // In its image; cells that are not valid have the region's first token.
-  __device__ __forceinline__ int64_t token() const {
-    return first_token + (valid() ? static_cast<int64_t>(y) * image_width + x : 0);
-  }
+  __device__ __forceinline__ int token() const { return first_token + (valid() ? y * image_width + x : 0); }
   __device__ __forceinline__ float log2_coverage() const { return valid() ? cover.log2_coverage(y, x) : -INFINITY; }
   __device__ __forceinline__ void advance() {
     left -= kSide;
@@ -265,8 +280,7 @@ template <typename T, int kDim>
 __device__ __forceinline__ void copy_cells(const HeadRows<T, kDim>& rows, const CellWalk& walk, T* keys, T* values,
                                            const T* from_keys, int64_t key_stride, const T* from_values,
                                            int64_t value_stride) {
-  const int64_t own = walk.token();
-  const int64_t left = walk.left;
+  const int own = walk.token(), left = static_cast<int>(min(walk.left, static_cast<int64_t>(kSide)));
   rows.for_each_piece([&](int to, int row, int channel) {
     const int64_t token = __shfl_sync(kAll, own, row);
     if (to < 0) return;
@@ -287,15 +301,14 @@ __device__ __forceinline__ void copy_queries(const HeadRows<T, kDim>& rows, T* t
 // Writes the totals of one of several parts of a region, unrounded; see RegionAttentionArgs.
 template <typename T, int kDim>
 __device__ __forceinline__ void store_part(const RegionAttentionArgs<T>& a, const HeadRows<T, kDim>& rows,
-                                           const RegionUnit& unit, const float (&total)[kHeadTiles<T, kDim>][4],
-                                           int queries) {
-  const int lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
-  const int first = unit.slice * rows.shape.tiles, count = rows.tiles(first);
+                                           const RegionUnit& unit, int head, int first,
+                                           const float (&total)[kHeadTiles<T, kDim>][4], int queries) {
+  const int lane = threadIdx.x % 32, group = lane / 4, member = lane % 4, count = rows.tiles(first);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int q = group + 8 * half;
     if (q >= queries) continue;
-    float* to = a.part_output + (part_row(a, unit, q) * a.heads + unit.head) * a.dim + first * kChannels + 2 * member;
+    float* to = a.part_output + (part_row(a, unit, q) * a.heads + head) * a.dim + first * kChannels + 2 * member;
 #pragma unroll
     for (int i = 0; i < kHeadTiles<T, kDim>; ++i)
       if (i < count)

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 4)
   const HeadRows<T, kDim> rows(a);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
   const RegionUnit unit(a);
-  if (unit.head >= a.heads) return;
+  if (unit.first == unit.last) return;
   const Region region = a.regions[unit.r];
   const ImageGrid image = a.images[region.image];
   const Footprint footprint = make_footprint(region, image);
@@ -23,94 +23,99 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 4)
   if (unit.part >= parts.count) return;
   const int64_t begin = unit.part * parts.size, end = min(begin + parts.size, footprint.cells());
   const int queries = static_cast<int>(min(static_cast<int64_t>(kSide), a.queries - unit.first_query));
-  const int first = unit.slice * rows.shape.tiles;
-  const int64_t channel = static_cast<int64_t>(unit.head) * rows.dim();
-  const int64_t own = (unit.r * a.queries + unit.first_query) * a.heads * a.dim + channel, own_stride = a.heads * a.dim;
+  const T* from_queries = a.query + unit.r * a.query_region_stride + unit.first_query * a.query_stride;
   const Cover cover = make_cover(footprint);
-  if (a.covers != nullptr && unit.head == 0 && unit.slice == 0 && unit.part == 0 && unit.first_query == 0 && lane == 0)
-    a.covers[unit.r] = cover;
-
+  const CellWalk start(cover, image.width, begin, end);
+  const float scale = a.scale * static_cast<float>(kLog2E);
   T* query_tile = reinterpret_cast<T*>(shared_memory()) + warp * kQueryGradientTiles * rows.tile_elements();
   T* grad_tile = query_tile + rows.tile_elements();
-  T* cells = grad_tile + rows.tile_elements();  // keys and values of even tiles, then of odd ones; first: outputs
-  const T* keys = a.key.image(image, region.image) + channel;
-  const T* values = a.value.image(image, region.image) + channel;
-  CellWalk walk(cover, image.width, begin, end);
-  const auto fetch = [&](int odd) {
-    T* to = cells + odd * 2 * rows.tile_elements();
-    if (walk.any())
-      copy_cells(rows, walk, to, to + rows.tile_elements(), keys, a.key.row_stride, values, a.value.row_stride);
-    commit_copies();
-  };
+  T* cells = grad_tile + rows.tile_elements();  // keys and values of even tiles, then of odd ones
   T* output_tile = cells + 2 * rows.tile_elements();
-  copy_queries(rows, query_tile, a.query + unit.r * a.query_region_stride + unit.first_query * a.query_stride + channel,
-               a.query_stride, queries);
-  copy_queries(rows, grad_tile, a.grad + own, own_stride, queries);
-  copy_queries(rows, output_tile, static_cast<const T*>(a.output) + own, own_stride, queries);
-  commit_copies();
-  if (a.grad_query != nullptr) fetch(0);
+  if (a.covers != nullptr && unit.first == 0 && unit.part == 0 && unit.first_query == 0 && lane == 0)
+    a.covers[unit.r] = cover;
 
-  // Of rows group and group + 8: lse as log2.
-  float4 statistics[2];
-  double lse[2] = {0, 0};
-  for (int half = 0; half < 2; ++half)
-    if (group + 8 * half < queries)
-      lse[half] = a.lse[(unit.r * a.heads + unit.head) * a.queries + unit.first_query + group + 8 * half] * kLog2E;
-  if (a.grad_query != nullptr)
-    wait_for_copies<1>();
-  else
-    wait_for_copies<0>();
-  __syncwarp();
-  // The diagonal of a product with the outputs: in the order in which grad . value is added up, so that their
-  // difference is zero where one cell has all the weight.
-  float slope[2][4];
-  rows.multiply(slope, grad_tile, output_tile);
-  __syncwarp();  // before cells take the outputs' place
+  for (int i = unit.first; i < unit.last; ++i) {
+    const int head = i / rows.slices(), first = i % rows.slices() * rows.shape.tiles;
+    const int64_t channel = static_cast<int64_t>(head) * rows.dim(), own_stride = static_cast<int64_t>(a.heads) * a.dim;
+    const int64_t own = (unit.r * a.queries + unit.first_query) * own_stride + channel;
+    const T* keys = a.key.image(image, region.image) + channel;
+    const T* values = a.value.image(image, region.image) + channel;
+    CellWalk walk = start;
+    const auto fetch = [&](int odd) {
+      T* to = cells + odd * 2 * rows.tile_elements();
+      if (walk.any() && a.grad_query != nullptr)
+        copy_cells(rows, walk, to, to + rows.tile_elements(), keys, a.key.row_stride, values, a.value.row_stride);
+      commit_copies();
+    };
+    copy_queries(rows, query_tile, from_queries + channel, a.query_stride, queries);
+    copy_queries(rows, grad_tile, a.grad + own, own_stride, queries);
+    copy_queries(rows, output_tile, static_cast<const T*>(a.output) + own, own_stride, queries);
+    commit_copies();
+    fetch(0);
+
+    // Of rows group and group + 8, with lse in log2.
+    const int64_t of_query = (unit.r * a.heads + head) * a.queries + unit.first_query + group;
+    double lse[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float diagonal = group % 2 == 0 ? slope[half][half * 2] : slope[half][half * 2 + 1];
-    statistics[half] = make_statistics(lse[half], __shfl_sync(kAll, diagonal, group * 4 + group / 2));
-    const int q = group + 8 * half;
-    if (a.statistics != nullptr && member == 0 && q < queries && unit.part == 0 && unit.slice == 0)
-      a.statistics[(unit.r * a.heads + unit.head) * a.queries + unit.first_query + q] = statistics[half];
-  }
-  if (a.grad_query == nullptr) return;
-
-  const float scale = a.scale * static_cast<float>(kLog2E);
-  float total[kHeadTiles<T, kDim>][4];
-  set_zero(total);
-  for (int odd = 0; walk.any(); odd ^= 1) {
-    const float own_bias = walk.log2_coverage();
-    walk.advance();
-    fetch(odd ^ 1);
+    for (int half = 0; half < 2; ++half)
+      lse[half] = group + 8 * half < queries ? a.lse[of_query + 8 * half] * kLog2E : 0;
     wait_for_copies<1>();
     __syncwarp();
-    const T* tile = cells + odd * 2 * rows.tile_elements();
-    float weight[2][4];
-    rows.multiply(weight, query_tile, tile);
-    rows.multiply(slope, grad_tile, tile + rows.tile_elements());
+    // The diagonal of a product with the outputs: in the order in which grad . value is added up, so that their
+    // difference is zero where one cell has all the weight.
+    float slope[2][4];
+    rows.multiply(slope, grad_tile, output_tile);
+    __syncwarp();  // before cells take the outputs' place
+    float4 statistics[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float bias = __shfl_sync(kAll, own_bias, i / 2 * 8 + 2 * member + i % 2);
+    for (int half = 0; half < 2; ++half) {
+      const float diagonal = group % 2 == 0 ? slope[half][half * 2] : slope[half][half * 2 + 1];
+      statistics[half] = make_statistics(lse[half], __shfl_sync(kAll, diagonal, group * 4 + group / 2));
+      if (a.statistics != nullptr && member == 0 && group + 8 * half < queries && unit.part == 0 && first == 0)
+        a.statistics[of_query + 8 * half] = statistics[half];
+    }
+    if (a.grad_query == nullptr) continue;
+
+    float total[kHeadTiles<T, kDim>][4];
+    set_zero(total);
+    for (int odd = 0; walk.any(); odd ^= 1) {
+      const float own_bias = walk.log2_coverage();
+      walk.advance();
+      fetch(odd ^ 1);
+      wait_for_copies<1>();
+      __syncwarp();
+      const T* tile = cells + odd * 2 * rows.tile_elements();
+      float weight[2][4];
+      rows.multiply(weight, query_tile, tile);
+      rows.multiply(slope, grad_tile, tile + rows.tile_elements());
+      float bias[4];  // of this lane's columns
+#pragma unroll
+      for (int c = 0; c < 4; ++c) bias[c] = __shfl_sync(kAll, own_bias, c / 2 * 8 + 2 * member + c % 2);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float4& s = statistics[half];
-        float& x = slope[i / 2][half * 2 + i % 2];
-        const float score = fmaf(weight[i / 2][half * 2 + i % 2], scale, bias);
-        x = bias == -INFINITY ? 0 : exp2f(score - s.x - s.y) * (x - s.z);
+        if (half * 8 >= queries) continue;  // nobody reads these rows
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float score = fmaf(weight[c / 2][half * 2 + c % 2], scale, bias[c]);
+          float& x = slope[c / 2][half * 2 + c % 2];
+          x = bias[c] == -INFINITY ? 0
+                                   : exp2f(score - statistics[half].x - statistics[half].y) * (x - statistics[half].z);
+        }
       }
+      uint32_t packed[4];
+      pack<T>(packed, slope);
+      rows.accumulate(total, packed, tile, first);
+      __syncwarp();  // before the next but one tile takes this one's place
     }
-    uint32_t packed[4];
-    pack<T>(packed, slope);
-    rows.accumulate(total, packed, tile, first);
-    __syncwarp();  // before the next but one tile takes this one's place
+    wait_for_copies<0>();
+    __syncwarp();
+    if (parts.count > 1)
+      store_part(a, rows, unit, head, first, total, queries);
+    else
+      rows.store(total, make_float2(a.scale, a.scale), query_tile, first,
+                 [&](int row) { return row < queries ? a.grad_query + own + row * own_stride : nullptr; });
+    __syncwarp();  // before the next head's queries take this one's place
   }
-  wait_for_copies<0>();
-
-  if (parts.count > 1) return store_part(a, rows, unit, total, queries);
-  __syncwarp();
-  rows.store(total, make_float2(a.scale, a.scale), query_tile, first,
-             [&](int q) { return q < queries ? a.grad_query + own + q * own_stride : nullptr; });
 }
 
 constexpr Tile kTokenTile{4, 4};
@@ -119,6 +124,8 @@ constexpr Tile kTokenTile{4, 4};
 struct QueryTable {
   Cover cover[kSide];        // of their regions
   float4 statistics[kSide];  // see make_statistics
+  int64_t query[kSide];      // where their rows start
+  int64_t grad[kSide];
 };
 
 // Dynamic shared memory of the tokens' gradients: what a block shares, then each warp's own.
@@ -207,18 +214,19 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
     const auto queries = static_cast<int>(a.queries);
     const int slot = valid ? position / queries : 0, q = valid ? position % queries : 0;
     const int64_t r = shared.regions[slot];
+    QueryTable& table = tables[odd];
     if (lane < kSide) {
-      tables[odd].cover[row] = valid ? shared.covers[slot] : Cover{};
-      copy_async(&tables[odd].statistics[row], a.statistics + (r * a.heads + head) * a.queries + q, valid);
+      table.cover[row] = valid ? shared.covers[slot] : Cover{};
+      table.query[row] = r * a.query_region_stride + q * a.query_stride + channel;
+      table.grad[row] = (r * a.queries + q) * a.heads * a.dim + channel;
+      copy_async(&table.statistics[row], a.statistics + (r * a.heads + head) * a.queries + q, valid);
     }
-    const int64_t own_query = r * a.query_region_stride + q * a.query_stride + channel;
-    const int64_t own_grad = (r * a.queries + q) * a.heads * a.dim + channel;
+    __syncwarp();
     T* to = query_tiles + odd * 2 * rows.tile_elements();
     rows.for_each_piece([&](int at, int of_row, int piece) {
-      const int64_t from_query = __shfl_sync(kAll, own_query, of_row), from_grad = __shfl_sync(kAll, own_grad, of_row);
       if (at < 0) return;
-      copy_async(to + at, a.query + from_query + piece, from + of_row < count);
-      copy_async(to + rows.tile_elements() + at, a.grad + from_grad + piece, from + of_row < count);
+      copy_async(to + at, a.query + table.query[of_row] + piece, from + of_row < count);
+      copy_async(to + rows.tile_elements() + at, a.grad + table.grad[of_row] + piece, from + of_row < count);
     });
   };
 
@@ -258,11 +266,13 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
       T* query_tile = query_tiles + odd * 2 * rows.tile_elements();
       T* grad_tile = query_tile + rows.tile_elements();
       keep_finite(rows, tables[odd], query_tile, grad_tile);
-      float weight[2][4], slope[2][4];  // (tokens, queries)
-      rows.multiply(weight, key_tile, query_tile);
-      rows.multiply(slope, value_tile, grad_tile);
+      float weight[2][4], slope[2][4];     // (tokens, queries)
+      const bool both = count - from > 8;  // otherwise the last eight queries are zeros, and so are their weights
+      rows.multiply(weight, key_tile, query_tile, both);
+      rows.multiply(slope, value_tile, grad_tile, both);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        if (i >= 2 && !both) continue;
         const int column = i / 2 * 8 + 2 * member + i % 2;
         const Cover of_region = tables[odd].cover[column];
         const float4 s = tables[odd].statistics[column];
