@@ -73,12 +73,13 @@ struct Attention {
     return args;
   }
 
-  // Whether all rows can be read and written 16 bytes at a time.
+  // Whether all rows can be read and written 16 bytes at a time, with 32 bits for the bytes between tokens.
   template <typename T>
   bool wide(const RegionAttentionArgs<T>& args) const {
     bool whole = aligned(args.query, sizeof(T), dim, {args.query_region_stride, args.query_stride}) &&
                  aligned(args.key.data, sizeof(T), dim, {keys.row_stride, keys.image_stride}) &&
                  aligned(args.value.data, sizeof(T), dim, {values.row_stride, values.image_stride});
+    whole = whole && keys.row_stride * sizeof(T) <= 0x7fffffff && values.row_stride * sizeof(T) <= 0x7fffffff;
     // Contiguous, but anywhere in memory.
     whole = whole && aligned(args.output, sizeof(T), dim, {}) && aligned(args.grad, sizeof(T), dim, {});
     return whole;
@@ -173,7 +174,7 @@ void launch_units(Attention& attention, void (*kernel)(RegionAttentionArgs<T>), 
   const int across = args.heads * shape.slices;
   const int64_t warps = attention.count * shape.query_blocks * across;
   // What precedes a region's first head costs as much as several tiles: where there are enough warps, they share it.
-  shape.run = static_cast<int>(std::clamp<int64_t>(warps / kWarpsWanted, 1, std::min(across, kLongestRun)));
+  shape.run = static_cast<int>(std::clamp<int64_t>(warps / (2 * kWarpsWanted), 1, std::min(across, kLongestRun)));
   shape.warps = std::min(matrix_warps(warp_bytes), (across + shape.run - 1) / shape.run);
   std::optional<Tensor> memory;
   attention.make_parts(args, kWarpsWanted / warps, like, memory);
@@ -208,12 +209,12 @@ void launch_matrix_backward(Attention& attention, RegionAttentionArgs<T> args, c
     launch_units(attention, region_attention_matrix_query_gradient_kernel<T, kDim>,
                  args.grad_query != nullptr ? join_query_gradient_kernel<T> : nullptr, args, kQueryGradientTiles, like);
     if (!args.for_tokens()) return;
-    const size_t warp_bytes = TokenTileShared::warp_bytes(shape);
+    const size_t warp_bytes = TokenTileShared<T>::warp_bytes(shape);
     shape.warps = std::min(matrix_warps(warp_bytes), args.heads * shape.slices);
     const int64_t blocks = (args.heads * shape.slices + shape.warps - 1) / shape.warps;
     launch(attention.op, region_attention_matrix_token_gradient_kernel<T, kDim>,
            dim3(grid_blocks(attention.op, attention.inputs.count_tiles(kTokenTile) * blocks)), dim3(shape.warps * 32),
-           TokenTileShared::kBlockBytes + shape.warps * warp_bytes, stream, args);
+           TokenTileShared<T>::kBlockBytes + shape.warps * warp_bytes, stream, args);
   });
 }
 

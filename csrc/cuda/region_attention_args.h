@@ -56,10 +56,9 @@ struct alignas(16) Cover {
   float left;
   float right;
 
-  // Of the cell at (row + y, column + x).
-  __device__ __forceinline__ float log2_coverage(int y, int x) const {
-    return (y == 0 ? top : 0) + (y == height - 1 ? bottom : 0) + (x == 0 ? left : 0) + (x == width - 1 ? right : 0);
-  }
+  // Of the cell at (row + y, column + x): the sum of both.
+  __device__ __forceinline__ float of_row(int y) const { return (y == 0 ? top : 0) + (y == height - 1 ? bottom : 0); }
+  __device__ __forceinline__ float of_column(int x) const { return (x == 0 ? left : 0) + (x == width - 1 ? right : 0); }
 };
 
 template <typename T>

@@ -29,9 +29,9 @@ inline MatrixShape matrix_shape(int64_t queries, int dim, bool known_dim) {
           static_cast<int>((queries + kSide - 1) / kSide)};
 }
 
-// Warps of a block, such that several blocks fit a multiprocessor.
+// Warps of a block, each of which needs `warp_bytes` of shared memory.
 inline int matrix_warps(size_t warp_bytes) {
-  constexpr size_t kBlockBytes = 64 << 10;
+  constexpr size_t kBlockBytes = 74 << 10;  // three fit a multiprocessor of sm_90
   return static_cast<int>(std::clamp<size_t>(kBlockBytes / warp_bytes, 1, kMatrixWarps));
 }
 
@@ -172,6 +172,17 @@ __device__ __forceinline__ void set_zero(float (&total)[kTiles][4]) {
   for (int i = 0; i < kTiles; ++i) set_zero(total[i]);
 }
 
+// One instruction: without the care that exp2f takes of results that are no normal numbers. 2^-inf is 0.
+__device__ __forceinline__ float exp2_of(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
 // Over the four lanes that share rows of a product.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
@@ -203,8 +214,8 @@ __device__ __forceinline__ Cover make_cover(const Footprint& f) {
 // What a warp of the kernels by region does: a part of a region, a run of heads (or slices of one), and a block of
 // queries. Slices and heads lie side by side in memory, and so do the warps that read them.
 struct RegionUnit {
-  int64_t r;
-  int64_t first_query;
+  int r;
+  int first_query;
   int part;
   int first;  // of heads * slices
   int last;
@@ -225,36 +236,43 @@ struct RegionUnit {
     first = static_cast<int>(min(begin, across));
     last = static_cast<int>(min(begin + run, across));
     part = static_cast<int>(rest % parts);
-    first_query = static_cast<int64_t>(rest / parts % query_blocks) * kSide;
-    r = rest / parts / query_blocks;
+    first_query = static_cast<int>(rest / parts % query_blocks) * kSide;
+    r = static_cast<int>(rest / parts / query_blocks);
   }
 };
 
-// Where the unit's query q stands among all parts' queries.
+// Where the unit's first query stands among those of all regions, and among all parts' queries.
 template <typename T>
-__device__ __forceinline__ int64_t part_row(const RegionAttentionArgs<T>& a, const RegionUnit& unit, int q) {
-  return (unit.r * a.max_parts + unit.part) * a.queries + unit.first_query + q;
+__device__ __forceinline__ int64_t query_row(const RegionAttentionArgs<T>& a, const RegionUnit& unit) {
+  return unit.r * a.queries + unit.first_query;
+}
+template <typename T>
+__device__ __forceinline__ int64_t part_row(const RegionAttentionArgs<T>& a, const RegionUnit& unit) {
+  return (static_cast<int64_t>(unit.r) * a.max_parts + unit.part) * a.queries + unit.first_query;
+}
+// And among the numbers of a head's queries, (R, heads, Q).
+template <typename T>
+__device__ __forceinline__ int64_t of_head(const RegionAttentionArgs<T>& a, const RegionUnit& unit, int head) {
+  return (static_cast<int64_t>(unit.r) * a.heads + head) * a.queries + unit.first_query;
 }
 
 // The cells of a part of a region, a tile at a time; each lane has the tile's cell lane % 16.
 struct CellWalk {
   Cover cover;
   int first_token;  // of the region, in its image
-  int64_t left;     // cells from the next tile's first one to the end
+  int left;         // cells from the next tile's first one to the end
   int image_width;
   int y = 0;
   int x = 0;
   int step_y = 0;
   int step_x = 0;
 
-  __device__ __forceinline__ CellWalk(const Cover& cover, int image_width, int64_t begin, int64_t end)
+  __device__ __forceinline__ CellWalk(const Cover& cover, int image_width, int begin, int end)
       : cover(cover), first_token(cover.row * image_width + cover.column), left(end - begin), image_width(image_width) {
     if (left <= 0) return;
-    const auto width = static_cast<unsigned>(cover.width);
-    const int64_t first_y = begin > 0 ? begin / width : 0;  // long divisions take long
-    const unsigned from_x = static_cast<unsigned>(begin - first_y * width) + threadIdx.x % kSide;
-    y = static_cast<int>(first_y) + static_cast<int>(from_x / width);
-    x = static_cast<int>(from_x % width);
+    const unsigned cell = begin + threadIdx.x % kSide, width = cover.width;
+    y = static_cast<int>(cell / width);
+    x = static_cast<int>(cell % width);
     step_y = static_cast<int>(kSide / width);
     step_x = static_cast<int>(kSide % width);
   }
@@ -263,7 +281,9 @@ struct CellWalk {
   __device__ __forceinline__ bool valid() const { return static_cast<int>(threadIdx.x % kSide) < left; }
   // In its image; cells that are not valid have the region's first token.
   __device__ __forceinline__ int token() const { return first_token + (valid() ? y * image_width + x : 0); }
-  __device__ __forceinline__ float log2_coverage() const { return valid() ? cover.log2_coverage(y, x) : -INFINITY; }
+  __device__ __forceinline__ float log2_coverage() const {
+    return valid() ? cover.of_row(y) + cover.of_column(x) : -INFINITY;
+  }
   __device__ __forceinline__ void advance() {
     left -= kSide;
     y += step_y;
@@ -275,21 +295,93 @@ struct CellWalk {
   }
 };
 
-// Begins to copy the keys and values of a walk's next tile, zeros where there is no cell.
+// Keys or values of one head. Bytes from one token to the next in 32 bits, so that an address takes one instruction.
+template <typename T>
+struct HeadTokens {
+  const T* first;
+  int stride;
+
+  __device__ __forceinline__ HeadTokens(const TokenView<const T>& tokens, const ImageGrid& image, int64_t b,
+                                        int64_t channel)
+      : first(tokens.image(image, b) + channel), stride(static_cast<int>(tokens.row_stride * sizeof(T))) {}
+  __device__ __forceinline__ const T* at(int token, int channel) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first + channel) +
+                                      static_cast<int64_t>(token) * stride);
+  }
+};
+
+// A tile of cells that has arrived. The bias is log2 of coverage of the lane's cell, lane % 16.
+template <typename T>
+struct CellTile {
+  const T* keys;
+  const T* values;
+  float bias;
+};
+
+constexpr int kCellStages = 3;               // tiles of cells that are in shared memory or on their way there
+constexpr int kCellTiles = 2 * kCellStages;  // tiles of rows for them: keys and values
+
+// Brings a walk's tiles of cells to shared memory, one after the other.
 template <typename T, int kDim>
-__device__ __forceinline__ void copy_cells(const HeadRows<T, kDim>& rows, const CellWalk& walk, T* keys, T* values,
-                                           const T* from_keys, int64_t key_stride, const T* from_values,
-                                           int64_t value_stride) {
-  const int own = walk.token(), left = static_cast<int>(min(walk.left, static_cast<int64_t>(kSide)));
-  rows.for_each_piece([&](int to, int row, int channel) {
-    const int64_t token = __shfl_sync(kAll, own, row);
-    if (to < 0) return;
-    copy_async(keys + to, from_keys + token * key_stride + channel, row < left);
-    copy_async(values + to, from_values + token * value_stride + channel, row < left);
-  });
+struct CellPipeline {
+  const HeadRows<T, kDim>& rows;
+  CellWalk walk;
+  T* cells;  // kCellTiles
+  HeadTokens<T> keys;
+  HeadTokens<T> values;
+  float bias[kCellStages];  // of this tile and those under way
+  int stage = 0;            // where the tile that arrives next is
+
+  __device__ __forceinline__ CellPipeline(const HeadRows<T, kDim>& rows, const CellWalk& start, T* cells,
+                                          const HeadTokens<T>& keys, const HeadTokens<T>& values)
+      : rows(rows), walk(start), cells(cells), keys(keys), values(values) {}
+
+  // Fetches the walk's next tile, zeros where there is no cell. A group of copies, if of none.
+  __device__ __forceinline__ float fetch(int to_stage) {
+    const float of_tile = walk.log2_coverage();
+    if (walk.any()) {
+      const int own = walk.token(), left = walk.left;
+      T* to_keys = cells + to_stage * 2 * rows.tile_elements();
+      T* to_values = to_keys + rows.tile_elements();
+      rows.for_each_piece([&](int at, int row, int channel) {
+        const int token = __shfl_sync(kAll, own, row);
+        if (at < 0) return;
+        copy_async(to_keys + at, keys.at(token, channel), row < left);
+        copy_async(to_values + at, values.at(token, channel), row < left);
+      });
+      walk.advance();
+    }
+    commit_copies();
+    return of_tile;
+  }
+
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int i = 0; i + 1 < kCellStages; ++i) bias[i] = fetch(i);
+  }
+
+  // Waits for a tile. The one before it is not in use any more.
+  __device__ __forceinline__ CellTile<T> next() {
+    bias[kCellStages - 1] = fetch(stage == 0 ? kCellStages - 1 : stage - 1);
+    wait_for_copies<kCellStages - 1>();
+    __syncwarp();
+    const T* tile = cells + stage * 2 * rows.tile_elements();
+    const CellTile<T> arrived{tile, tile + rows.tile_elements(), bias[0]};
+#pragma unroll
+    for (int i = 0; i + 1 < kCellStages; ++i) bias[i] = bias[i + 1];
+    stage = stage + 1 == kCellStages ? 0 : stage + 1;
+    return arrived;
+  }
+};
+
+// Numbers of a tile's cells, as lanes have them, for the columns of this lane's products.
+__device__ __forceinline__ void spread_columns(float (&to)[4], float own) {
+  const int member = threadIdx.x % 4;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) to[c] = __shfl_sync(kAll, own, c / 2 * 8 + 2 * member + c % 2);
 }
 
-// Likewise rows of queries, of which there are `count`.
+// Begins to copy rows of queries, of which there are `count`.
 template <typename T, int kDim>
 __device__ __forceinline__ void copy_queries(const HeadRows<T, kDim>& rows, T* to, const T* from, int64_t stride,
                                              int count) {
@@ -308,7 +400,7 @@ __device__ __forceinline__ void store_part(const RegionAttentionArgs<T>& a, cons
   for (int half = 0; half < 2; ++half) {
     const int q = group + 8 * half;
     if (q >= queries) continue;
-    float* to = a.part_output + (part_row(a, unit, q) * a.heads + head) * a.dim + first * kChannels + 2 * member;
+    float* to = a.part_output + ((part_row(a, unit) + q) * a.heads + head) * a.dim + first * kChannels + 2 * member;
 #pragma unroll
     for (int i = 0; i < kHeadTiles<T, kDim>; ++i)
       if (i < count)

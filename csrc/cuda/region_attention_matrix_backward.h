@@ -6,11 +6,11 @@
 
 namespace granvit::cuda {
 
-// A warp's tiles in shared memory: queries, gradients of their outputs, and two of keys and of values.
-constexpr int kQueryGradientTiles = 6;
+// A warp's tiles in shared memory: queries, gradients of their outputs, and those of cells.
+constexpr int kQueryGradientTiles = 2 + kCellTiles;
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kMatrixWarps * 32, 4)
+__global__ void __launch_bounds__(kMatrixWarps * 32, 3)
     region_attention_matrix_query_gradient_kernel(RegionAttentionArgs<T> a) {
   const HeadRows<T, kDim> rows(a);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
@@ -21,45 +21,42 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 4)
   const Footprint footprint = make_footprint(region, image);
   const Parts parts = make_parts(footprint.cells(), a.max_parts);
   if (unit.part >= parts.count) return;
-  const int64_t begin = unit.part * parts.size, end = min(begin + parts.size, footprint.cells());
-  const int queries = static_cast<int>(min(static_cast<int64_t>(kSide), a.queries - unit.first_query));
+  const int begin = static_cast<int>(unit.part * parts.size);
+  const int end = static_cast<int>(min(begin + parts.size, footprint.cells()));
+  const int queries = min(kSide, static_cast<int>(a.queries) - unit.first_query);
   const T* from_queries = a.query + unit.r * a.query_region_stride + unit.first_query * a.query_stride;
   const Cover cover = make_cover(footprint);
   const CellWalk start(cover, image.width, begin, end);
   const float scale = a.scale * static_cast<float>(kLog2E);
   T* query_tile = reinterpret_cast<T*>(shared_memory()) + warp * kQueryGradientTiles * rows.tile_elements();
   T* grad_tile = query_tile + rows.tile_elements();
-  T* cells = grad_tile + rows.tile_elements();  // keys and values of even tiles, then of odd ones
-  T* output_tile = cells + 2 * rows.tile_elements();
+  T* cells = grad_tile + rows.tile_elements();
+  T* output_tile = cells + (kCellTiles - 1) * rows.tile_elements();  // until cells need the place
   if (a.covers != nullptr && unit.first == 0 && unit.part == 0 && unit.first_query == 0 && lane == 0)
     a.covers[unit.r] = cover;
 
   for (int i = unit.first; i < unit.last; ++i) {
     const int head = i / rows.slices(), first = i % rows.slices() * rows.shape.tiles;
     const int64_t channel = static_cast<int64_t>(head) * rows.dim(), own_stride = static_cast<int64_t>(a.heads) * a.dim;
-    const int64_t own = (unit.r * a.queries + unit.first_query) * own_stride + channel;
-    const T* keys = a.key.image(image, region.image) + channel;
-    const T* values = a.value.image(image, region.image) + channel;
-    CellWalk walk = start;
-    const auto fetch = [&](int odd) {
-      T* to = cells + odd * 2 * rows.tile_elements();
-      if (walk.any() && a.grad_query != nullptr)
-        copy_cells(rows, walk, to, to + rows.tile_elements(), keys, a.key.row_stride, values, a.value.row_stride);
-      commit_copies();
-    };
+    const int64_t own = query_row(a, unit) * own_stride + channel;
+    const HeadTokens<T> keys(a.key, image, region.image, channel), values(a.value, image, region.image, channel);
+    CellPipeline<T, kDim> pipeline(rows, start, cells, keys, values);
     copy_queries(rows, query_tile, from_queries + channel, a.query_stride, queries);
     copy_queries(rows, grad_tile, a.grad + own, own_stride, queries);
     copy_queries(rows, output_tile, static_cast<const T*>(a.output) + own, own_stride, queries);
     commit_copies();
-    fetch(0);
+    if (a.grad_query != nullptr) pipeline.begin();
 
     // Of rows group and group + 8, with lse in log2.
-    const int64_t of_query = (unit.r * a.heads + head) * a.queries + unit.first_query + group;
+    const int64_t of_query = of_head(a, unit, head) + group;
     double lse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       lse[half] = group + 8 * half < queries ? a.lse[of_query + 8 * half] * kLog2E : 0;
-    wait_for_copies<1>();
+    if (a.grad_query != nullptr)
+      wait_for_copies<kCellStages - 1>();
+    else
+      wait_for_copies<0>();
     __syncwarp();
     // The diagonal of a product with the outputs: in the order in which grad . value is added up, so that their
     // difference is zero where one cell has all the weight.
@@ -78,19 +75,13 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 4)
 
     float total[kHeadTiles<T, kDim>][4];
     set_zero(total);
-    for (int odd = 0; walk.any(); odd ^= 1) {
-      const float own_bias = walk.log2_coverage();
-      walk.advance();
-      fetch(odd ^ 1);
-      wait_for_copies<1>();
-      __syncwarp();
-      const T* tile = cells + odd * 2 * rows.tile_elements();
+    for (int left = end - begin; left > 0; left -= kSide) {
+      const CellTile<T> tile = pipeline.next();
       float weight[2][4];
-      rows.multiply(weight, query_tile, tile);
-      rows.multiply(slope, grad_tile, tile + rows.tile_elements());
-      float bias[4];  // of this lane's columns
-#pragma unroll
-      for (int c = 0; c < 4; ++c) bias[c] = __shfl_sync(kAll, own_bias, c / 2 * 8 + 2 * member + c % 2);
+      rows.multiply(weight, query_tile, tile.keys);
+      rows.multiply(slope, grad_tile, tile.values);
+      float bias[4];
+      spread_columns(bias, tile.bias);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (half * 8 >= queries) continue;  // nobody reads these rows
@@ -98,14 +89,15 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 4)
         for (int c = 0; c < 4; ++c) {
           const float score = fmaf(weight[c / 2][half * 2 + c % 2], scale, bias[c]);
           float& x = slope[c / 2][half * 2 + c % 2];
-          x = bias[c] == -INFINITY ? 0
-                                   : exp2f(score - statistics[half].x - statistics[half].y) * (x - statistics[half].z);
+          x = bias[c] == -INFINITY
+                  ? 0
+                  : exp2_of(score - statistics[half].x - statistics[half].y) * (x - statistics[half].z);
         }
       }
       uint32_t packed[4];
       pack<T>(packed, slope);
-      rows.accumulate(total, packed, tile, first);
-      __syncwarp();  // before the next but one tile takes this one's place
+      rows.accumulate(total, packed, tile.keys, first);
+      __syncwarp();  // before another tile takes this one's place
     }
     wait_for_copies<0>();
     __syncwarp();
@@ -121,14 +113,16 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 4)
 constexpr Tile kTokenTile{4, 4};
 
 // Queries of regions, of one head, that a tile of tokens meets together.
+template <typename T>
 struct QueryTable {
   Cover cover[kSide];        // of their regions
   float4 statistics[kSide];  // see make_statistics
-  int64_t query[kSide];      // where their rows start
-  int64_t grad[kSide];
+  const T* query[kSide];     // their rows
+  const T* grad[kSide];
 };
 
 // Dynamic shared memory of the tokens' gradients: what a block shares, then each warp's own.
+template <typename T>
 struct TokenTileShared {
   static constexpr int kTiles = 6;  // of a warp: keys, values, and two of queries and of gradients of their outputs
 
@@ -137,25 +131,25 @@ struct TokenTileShared {
   int* warp_counts;  // [kMatrixWarps]
 
   static constexpr size_t kBlockBytes = (sizeof(Cover) + sizeof(int64_t)) * kRegionChunk + sizeof(int) * kMatrixWarps;
+  static_assert(kBlockBytes % 16 == 0);
   static size_t warp_bytes(const MatrixShape& shape) {
-    return 2 * sizeof(QueryTable) + kTiles * kSide * shape.pitch * 2;  // elements of two bytes
+    return 2 * sizeof(QueryTable<T>) + kTiles * kSide * shape.pitch * sizeof(T);
   }
   __device__ __forceinline__ TokenTileShared() {
     covers = reinterpret_cast<Cover*>(shared_memory());
     regions = reinterpret_cast<int64_t*>(covers + kRegionChunk);
     warp_counts = reinterpret_cast<int*>(regions + kRegionChunk);
   }
-  static __device__ __forceinline__ QueryTable* tables(int warp, int tile_elements) {
-    return reinterpret_cast<QueryTable*>(shared_memory() + kBlockBytes +
-                                         warp * (2 * sizeof(QueryTable) + kTiles * tile_elements * 2));
+  static __device__ __forceinline__ QueryTable<T>* tables(int warp, int tile_elements) {
+    return reinterpret_cast<QueryTable<T>*>(shared_memory() + kBlockBytes +
+                                            warp * (2 * sizeof(QueryTable<T>) + kTiles * tile_elements * sizeof(T)));
   }
 };
-static_assert(TokenTileShared::kBlockBytes % 16 == 0);
 
 // 0 * NaN would reach tokens of the tile that a region does not cover: a query in which anything is not finite becomes
 // zeros, with weights of NaN where it belongs. By a whole warp, whose copies have arrived.
 template <typename T, int kDim>
-__device__ __forceinline__ void keep_finite(const HeadRows<T, kDim>& rows, QueryTable& table, T* queries, T* grads) {
+__device__ __forceinline__ void keep_finite(const HeadRows<T, kDim>& rows, QueryTable<T>& table, T* queries, T* grads) {
   const int row = threadIdx.x % kSide;
   const float4 s = table.statistics[row];
   const bool finite = fabsf(s.x) < INFINITY && fabsf(s.z) < INFINITY;
@@ -164,7 +158,7 @@ __device__ __forceinline__ void keep_finite(const HeadRows<T, kDim>& rows, Query
   if (!finite && threadIdx.x % 32 < kSide) table.statistics[row].x = NAN;
   rows.for_each_piece([&](int at, int of_row, int) {
     if (at < 0 || (others >> of_row & 1) == 0) return;
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < kChannels; ++c) queries[at + c] = grads[at + c] = narrow<T>(0);
   });
   __syncwarp();
@@ -176,7 +170,7 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
     region_attention_matrix_token_gradient_kernel(RegionAttentionArgs<T> a) {
   const HeadRows<T, kDim> rows(a);
-  const TokenTileShared shared;
+  const TokenTileShared<T> shared;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4,
             member = lane % 4;
   const int units = a.heads * rows.slices(), blocks = (units + warps - 1) / warps;
@@ -185,7 +179,7 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
   if (owned.image.width == 0) return;
   const int head = unit / rows.slices(), first = unit % rows.slices() * rows.shape.tiles;
   const int64_t channel = static_cast<int64_t>(head) * rows.dim();
-  QueryTable* tables = TokenTileShared::tables(warp, rows.tile_elements());
+  QueryTable<T>* tables = TokenTileShared<T>::tables(warp, rows.tile_elements());
   T* key_tile = reinterpret_cast<T*>(tables + 2);
   T* value_tile = key_tile + rows.tile_elements();
   T* query_tiles = value_tile + rows.tile_elements();  // queries and gradients of even steps, then of odd ones
@@ -195,16 +189,15 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
   const auto token_of = [&](int row) {
     const int token_y = owned.y + row / kTokenTile.width, token_x = owned.x + row % kTokenTile.width;
     const bool inside = token_y < owned.end_y && token_x < owned.end_x;
-    return inside ? static_cast<int64_t>(token_y) * owned.image.width + token_x : int64_t{-1};
+    return inside ? token_y * owned.image.width + token_x : -1;
   };
   const auto copy_tokens = [&] {
-    const T* keys = a.key.image(owned.image, owned.b) + channel;
-    const T* values = a.value.image(owned.image, owned.b) + channel;
+    const HeadTokens<T> keys(a.key, owned.image, owned.b, channel), values(a.value, owned.image, owned.b, channel);
     rows.for_each_piece([&](int to, int row, int from) {
       if (to < 0) return;
-      const int64_t token = token_of(row), at = token < 0 ? 0 : token;
-      copy_async(key_tile + to, keys + at * a.key.row_stride + from, token >= 0);
-      copy_async(value_tile + to, values + at * a.value.row_stride + from, token >= 0);
+      const int token = token_of(row), at = max(token, 0);
+      copy_async(key_tile + to, keys.at(at, from), token >= 0);
+      copy_async(value_tile + to, values.at(at, from), token >= 0);
     });
   };
   // Queries `from` to `from` + 15 of the list of `count`.
@@ -214,19 +207,19 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
     const auto queries = static_cast<int>(a.queries);
     const int slot = valid ? position / queries : 0, q = valid ? position % queries : 0;
     const int64_t r = shared.regions[slot];
-    QueryTable& table = tables[odd];
+    QueryTable<T>& table = tables[odd];
     if (lane < kSide) {
       table.cover[row] = valid ? shared.covers[slot] : Cover{};
-      table.query[row] = r * a.query_region_stride + q * a.query_stride + channel;
-      table.grad[row] = (r * a.queries + q) * a.heads * a.dim + channel;
+      table.query[row] = a.query + r * a.query_region_stride + q * a.query_stride + channel;
+      table.grad[row] = a.grad + (r * a.queries + q) * a.heads * a.dim + channel;
       copy_async(&table.statistics[row], a.statistics + (r * a.heads + head) * a.queries + q, valid);
     }
     __syncwarp();
     T* to = query_tiles + odd * 2 * rows.tile_elements();
     rows.for_each_piece([&](int at, int of_row, int piece) {
       if (at < 0) return;
-      copy_async(to + at, a.query + table.query[of_row] + piece, from + of_row < count);
-      copy_async(to + rows.tile_elements() + at, a.grad + table.grad[of_row] + piece, from + of_row < count);
+      copy_async(to + at, table.query[of_row] + piece, from + of_row < count);
+      copy_async(to + rows.tile_elements() + at, table.grad[of_row] + piece, from + of_row < count);
     });
   };
 
@@ -274,16 +267,18 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
       for (int i = 0; i < 4; ++i) {
         if (i >= 2 && !both) continue;
         const int column = i / 2 * 8 + 2 * member + i % 2;
-        const Cover of_region = tables[odd].cover[column];
+        const Cover region = tables[odd].cover[column];
         const float4 s = tables[odd].statistics[column];
+        const int from_x = x - region.column;
+        const bool inside_x = static_cast<unsigned>(from_x) < static_cast<unsigned>(region.width);
+        const float across = region.of_column(from_x) - s.x;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int from_y = y + half * (8 / kTokenTile.width) - of_region.row, from_x = x - of_region.column;
-          const bool covered = from_y >= 0 && from_y < of_region.height && from_x >= 0 && from_x < of_region.width;
+          const int from_y = y + half * (8 / kTokenTile.width) - region.row;
+          const bool covered = inside_x && static_cast<unsigned>(from_y) < static_cast<unsigned>(region.height);
           float& w = weight[i / 2][half * 2 + i % 2];
           float& d = slope[i / 2][half * 2 + i % 2];
-          const float score = fmaf(w, scale, of_region.log2_coverage(from_y, from_x));
-          w = covered ? exp2f(score - s.x - s.y) : 0;
+          w = covered ? exp2_of(fmaf(w, scale, region.of_row(from_y)) + across - s.y) : 0;
           d = covered ? w * (d - s.z) : 0;
         }
       }
@@ -300,7 +295,7 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
   const auto store = [&](const auto& total, float factor, T* tile, const TokenView<T>& to) {
     T* start = to.image(owned.image, owned.b) + channel;
     rows.store(total, make_float2(factor, factor), tile, first, [&](int row) {
-      const int64_t token = token_of(row);
+      const int token = token_of(row);
       return token < 0 ? nullptr : start + token * to.row_stride;
     });
   };
