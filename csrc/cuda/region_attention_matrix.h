@@ -84,9 +84,9 @@ struct HeadRows {
     }
   }
 
-  // product = a b^T for tiles of rows: rows group, group + 8 of a; columns 2 member, + 1 of the first and, where
-  // `both`, of the last eight rows of b. Every sum runs over the channels in the same order.
-  __device__ __forceinline__ void multiply(float (&product)[2][4], const T* a, const T* b, bool both = true) const {
+  // product = a b^T for tiles of rows: rows group, group + 8 of a; columns 2 member, + 1 of the first and last eight
+  // rows of b. Every sum runs over the channels in the same order.
+  __device__ __forceinline__ void multiply(float (&product)[2][4], const T* a, const T* b) const {
     const int lane = threadIdx.x % 32;
     const T* from_a = a + lane % 16 * pitch() + lane / 16 * 8;
     const T* from_b = b + (lane / 16 * 8 + lane % 8) * pitch() + lane / 8 % 2 * 8;
@@ -98,14 +98,14 @@ struct HeadRows {
       load_matrices(x, from_a + k);
       load_matrices(y, from_b + k);
       mma(product[0], x, {y[0], y[1]}, T());
-      if (both) mma(product[1], x, {y[2], y[3]}, T());
+      mma(product[1], x, {y[2], y[3]}, T());
     }
     if (dim() % 16 != 0) {
       const int last = lane % 16 * pitch() + dim() - 8;
       load_matrices(x, a + last);
       load_matrices(y, b + last);
       mma_8(product[0], {x[0], x[1]}, y[0], T());
-      if (both) mma_8(product[1], {x[0], x[1]}, y[1], T());
+      mma_8(product[1], {x[0], x[1]}, y[1], T());
     }
   }
 

@@ -164,6 +164,29 @@ __device__ __forceinline__ void keep_finite(const HeadRows<T, kDim>& rows, Query
   __syncwarp();
 }
 
+// From products with keys and values to weights and their slopes, for the query of a column, the `own`th of this lane's
+// two, and the tokens at (y, x) and two rows below.
+template <typename T>
+__device__ __forceinline__ void weigh(const QueryTable<T>& table, int column, int own, int y, int x, float scale,
+                                      float (&weight)[4], float (&slope)[4]) {
+  const Cover region = table.cover[column];
+  const float4 s = table.statistics[column];
+  const int from_x = x - region.column;
+  const bool inside_x = static_cast<unsigned>(from_x) < static_cast<unsigned>(region.width);
+  const float across = region.of_column(from_x) - s.x;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int from_y = y + half * (8 / kTokenTile.width) - region.row;
+    const bool covered = inside_x && static_cast<unsigned>(from_y) < static_cast<unsigned>(region.height);
+    float& w = weight[half * 2 + own];
+    float& d = slope[half * 2 + own];
+    // What is not covered is computed all the same, and left out: whatever it is, it must not be multiplied by zero.
+    const float all = exp2_of(fmaf(w, scale, region.of_row(from_y)) + across - s.y), all_slopes = all * (d - s.z);
+    w = covered ? all : 0;
+    d = covered ? all_slopes : 0;
+  }
+}
+
 // A block owns a tile of tokens, a warp a head of it. Queries of all regions that touch the tile form one list, which
 // the warp walks 16 at a time, the next 16 under way meanwhile.
 template <typename T, int kDim>
@@ -259,28 +282,18 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
       T* query_tile = query_tiles + odd * 2 * rows.tile_elements();
       T* grad_tile = query_tile + rows.tile_elements();
       keep_finite(rows, tables[odd], query_tile, grad_tile);
-      float weight[2][4], slope[2][4];     // (tokens, queries)
-      const bool both = count - from > 8;  // otherwise the last eight queries are zeros, and so are their weights
-      rows.multiply(weight, key_tile, query_tile, both);
-      rows.multiply(slope, value_tile, grad_tile, both);
+      float weight[2][4], slope[2][4];  // (tokens, queries)
+      rows.multiply(weight, key_tile, query_tile);
+      rows.multiply(slope, value_tile, grad_tile);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i >= 2 && !both) continue;
-        const int column = i / 2 * 8 + 2 * member + i % 2;
-        const Cover region = tables[odd].cover[column];
-        const float4 s = tables[odd].statistics[column];
-        const int from_x = x - region.column;
-        const bool inside_x = static_cast<unsigned>(from_x) < static_cast<unsigned>(region.width);
-        const float across = region.of_column(from_x) - s.x;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int from_y = y + half * (8 / kTokenTile.width) - region.row;
-          const bool covered = inside_x && static_cast<unsigned>(from_y) < static_cast<unsigned>(region.height);
-          float& w = weight[i / 2][half * 2 + i % 2];
-          float& d = slope[i / 2][half * 2 + i % 2];
-          w = covered ? exp2_of(fmaf(w, scale, region.of_row(from_y)) + across - s.y) : 0;
-          d = covered ? w * (d - s.z) : 0;
+      for (int i = 0; i < 2; ++i) {
+        if (i * 8 >= count - from) {  // most tiles meet no more than eight queries
+          set_zero(weight[i]);
+          set_zero(slope[i]);
+          continue;
         }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) weigh(tables[odd], i * 8 + 2 * member + c, c, y, x, scale, weight[i], slope[i]);
       }
       uint32_t packed[4];
       pack<T>(packed, weight);
