@@ -276,14 +276,26 @@ def test_uncovered_tokens_are_not_read(ops: Any) -> None:
         assert torch.equal(ours, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0, 1e4])
-def test_scores_of_any_size(ops: Any, magnitude: float) -> None:
+def test_scores_of_any_size(ops: Any, magnitude: float, dtype: torch.dtype) -> None:
     case = dense_case(13, 17)
-    query, key, value = inputs(case, 2, 2, 16, torch.float32)
-    output, lse = ops.region_attention(query * magnitude, key, value, *arguments(case, 1.0))
+    query, key, value = inputs(case, 2, 2, 16, dtype)
+    query = (query * magnitude).to(dtype)
+    rest = arguments(case, 1.0)
+    output, lse = ops.region_attention(query, key, value, *rest)
     assert output.isfinite().all()
     assert lse.isfinite().all()
     assert output.abs().max() <= value.abs().max() * 1.001
+    _, _, grad_value = grads = ops.region_attention_backward(
+        torch.ones_like(output), query, key, value, output, lse, *rest, True, True
+    )
+    assert all(t.isfinite().all() for t in grads)
+    # Every query spreads weights of 1 in all; a weight changes by as much as its score is rounded.
+    queries = torch.bincount(case.image_index, minlength=3) * 2
+    sums = grad_value.double().sum(1).flatten(1)
+    error = 2 * torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps * float(lse.abs().max() + 10)
+    torch.testing.assert_close(sums, queries[:, None].expand_as(sums).double(), rtol=error, atol=error)
 
 
 def test_no_regions_no_queries_no_images(ops: Any) -> None:
