@@ -2,12 +2,19 @@
 // keys and values by tile of 4 x 4 tokens.
 #pragma once
 
-#include "region_attention_matrix.h"
+#include "region_attention_cells.h"
 
 namespace granvit::cuda {
 
 // A warp's tiles in shared memory: queries, gradients of their outputs, and those of cells.
 constexpr int kQueryGradientTiles = 2 + kCellTiles;
+
+// Of a product, the number at row and column group + 8 * half.
+__device__ __forceinline__ float diagonal(const float (&product)[2][4], int half) {
+  const int group = threadIdx.x % 32 / 4;
+  const float own = group % 2 == 0 ? product[half][half * 2] : product[half][half * 2 + 1];
+  return __shfl_sync(kAll, own, group * 4 + group / 2);
+}
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
@@ -58,18 +65,19 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
     else
       wait_for_copies<0>();
     __syncwarp();
-    // The diagonal of a product with the outputs: in the order in which grad . value is added up, so that their
-    // difference is zero where one cell has all the weight.
-    float slope[2][4];
+    // In the order in which grad . value is added up, so that their difference is zero where one cell has all the
+    // weight: here as a product with the outputs, for the tokens' gradients as one of the outputs.
+    float slope[2][4], other[2][4];
     rows.multiply(slope, grad_tile, output_tile);
+    rows.multiply(other, output_tile, grad_tile);
     __syncwarp();  // before cells take the outputs' place
     float4 statistics[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float diagonal = group % 2 == 0 ? slope[half][half * 2] : slope[half][half * 2 + 1];
-      statistics[half] = make_statistics(lse[half], __shfl_sync(kAll, diagonal, group * 4 + group / 2));
+      statistics[half] = make_statistics(lse[half], diagonal(slope, half));
+      const float for_tokens = diagonal(other, half);
       if (a.statistics != nullptr && member == 0 && group + 8 * half < queries && unit.part == 0 && first == 0)
-        a.statistics[of_query + 8 * half] = statistics[half];
+        a.statistics[of_query + 8 * half] = make_float4(statistics[half].x, statistics[half].y, for_tokens, 0);
     }
     if (a.grad_query == nullptr) continue;
 
@@ -197,8 +205,11 @@ __global__ void __launch_bounds__(kMatrixWarps * 32, 3)
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4,
             member = lane % 4;
   const int units = a.heads * rows.slices(), blocks = (units + warps - 1) / warps;
-  const int unit = static_cast<int>(blockIdx.x % blocks) * warps + warp;
-  const OwnedTile owned = find_tile(a.images, a.tile_start, kTokenTile, blockIdx.x / blocks);
+  // From the last image to the first: the queries' gradient read the last one's tokens last, so that they are still
+  // near.
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const int unit = static_cast<int>(block % blocks) * warps + warp;
+  const OwnedTile owned = find_tile(a.images, a.tile_start, kTokenTile, block / blocks);
   if (owned.image.width == 0) return;
   const int head = unit / rows.slices(), first = unit % rows.slices() * rows.shape.tiles;
   const int64_t channel = static_cast<int64_t>(head) * rows.dim();

@@ -2,7 +2,7 @@
 // queries, the next two tiles of 16 tokens under way while it works on one. join_parts_kernel joins a region's parts.
 #pragma once
 
-#include "region_attention_matrix.h"
+#include "region_attention_cells.h"
 
 namespace granvit::cuda {
 
