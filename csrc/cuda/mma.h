@@ -49,6 +49,19 @@ __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// sum (16, 8) += a (16, 8) b (8, 8): half of mma, for an inner dimension that ends on a multiple of 8.
+// a: inner 2 member, + 1 of row group, of row group + 8. b: inner 2 member, + 1 of column group.
+__device__ __forceinline__ void mma_8(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+__device__ __forceinline__ void mma_8(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __half) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i points to row i % 8 of matrix i / 8, 16 bytes aligned to 16. to[m] holds
 // columns 2 member, + 1 of row group of matrix m; transposed, rows 2 member, + 1 of column group.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
@@ -94,6 +107,13 @@ inline void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 }
 inline void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   emulation::multiply(sum, a, b, emulation::Multiply::kFloat16);
+}
+// The other half of the inner dimension is zero: the same sum.
+inline void mma_8(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __nv_bfloat16) {
+  emulation::multiply(sum, {a[0], a[1], 0, 0}, {b, 0}, emulation::Multiply::kBFloat16);
+}
+inline void mma_8(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __half) {
+  emulation::multiply(sum, {a[0], a[1], 0, 0}, {b, 0}, emulation::Multiply::kFloat16);
 }
 inline void load_matrices(uint32_t (&to)[4], const void* row) { emulation::load_matrices(to, row, false); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { emulation::load_matrices(to, row, true); }

@@ -3,100 +3,9 @@
 // parts.
 #pragma once
 
-#include <algorithm>
-
-#include "footprint.h"
-#include "launch.h"
-#include "vec.h"
+#include "region_attention_args.h"
 
 namespace granvit::cuda {
-
-constexpr int kTokens = 16;             // tokens between two steps of the online softmax
-constexpr int kAttentionThreads = 256;  // at most
-constexpr int kMaxParts = 16;           // of a region
-
-// Thread = row * lanes + lane; a lane is a vector of channels of one head, rows share the tokens of a step.
-struct AttentionShape {
-  int heads;  // of a group
-  int lanes;
-  int head_lanes;
-  int rows;
-  int groups;
-  int threads;
-};
-
-inline AttentionShape attention_shape(int64_t heads, int64_t head_lanes) {
-  constexpr int64_t kLanesWanted = 192;
-  const int64_t fitting = std::clamp<int64_t>(kLanesWanted / head_lanes, 1, heads);
-  const int64_t groups = (heads + fitting - 1) / fitting;
-  const int64_t group = (heads + groups - 1) / groups;
-  const auto lanes = static_cast<int>(group * head_lanes);
-  const int rows = std::clamp<int>(kLanesWanted / lanes, 1, kTokens / 2);
-  return {static_cast<int>(group),      lanes, static_cast<int>(head_lanes), rows, static_cast<int>(groups),
-          (lanes * rows + 31) / 32 * 32};
-}
-
-template <typename T>
-struct RegionAttentionArgs {
-  Regions regions;
-  Images images;
-  TokenView<const T> key;
-  TokenView<const T> value;
-  const T* query;  // rows of heads * dim contiguous elements
-  int64_t query_region_stride;
-  int64_t query_stride;
-  T* output;             // (R, Q, heads, dim)
-  double* lse;           // (R, heads, Q)
-  float* part_output;    // (R, max_parts, Q, heads, dim), not normalised
-  float2* part_softmax;  // (R, max_parts, Q, heads): maximum and sum
-  int64_t queries;
-  int heads;
-  int dim;
-  float scale;
-  int max_parts;
-  AttentionShape shape;
-};
-
-// How a region's cells are cut into parts of whole steps.
-struct Parts {
-  int64_t size;
-  int count;
-};
-__device__ __forceinline__ Parts make_parts(int64_t cells, int max_parts) {
-  const int64_t steps = (cells + kTokens - 1) / kTokens;
-  const int64_t size = (steps + max_parts - 1) / max_parts * kTokens;
-  return {size, cells > 0 ? static_cast<int>((cells + size - 1) / size) : 1};
-}
-
-// Dynamic shared memory: what depends on the shape follows in this order.
-template <int kQueries>
-struct AttentionShared {
-  float* partial;  // [kQueries][kTokens][lanes]; at the end [kQueries][rows][lanes][kVec]
-  float* weight;   // [kQueries][heads][kTokens]
-  float* factor;   // [kQueries][heads], of what was summed before this step
-  float2* state;   // [kQueries][heads]: maximum and sum
-  int64_t* token;  // [kTokens]
-  float* bias;     // [kTokens]
-
-  static __host__ __device__ int partial_size(const AttentionShape& s, int vec) {
-    const int size = kQueries * s.lanes * (s.rows * vec > kTokens ? s.rows * vec : kTokens);
-    return (size + 3) / 4 * 4;
-  }
-  static size_t bytes(const AttentionShape& s, int vec) {
-    const int rows = kQueries * s.heads;
-    return sizeof(int64_t) * kTokens + sizeof(float2) * rows +
-           sizeof(float) * (partial_size(s, vec) + rows * kTokens + rows + kTokens);
-  }
-  __device__ __forceinline__ AttentionShared(const AttentionShape& s, int vec) {
-    const int rows = kQueries * s.heads;
-    token = reinterpret_cast<int64_t*>(shared_memory());
-    state = reinterpret_cast<float2*>(token + kTokens);
-    partial = reinterpret_cast<float*>(state + rows);
-    weight = partial + partial_size(s, vec);
-    factor = weight + rows * kTokens;
-    bias = factor + rows;
-  }
-};
 
 // Scores of a step's tokens become softmax weights, relative to the largest score so far. One thread a query and head.
 template <int kQueries>
@@ -166,19 +75,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) region_attention_kernel(
       load(keys + shared.token[t] * a.key.row_stride, key);
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
-        float dot = 0;
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) dot += query[q][c] * key[c];
-        shared.partial[(q * kTokens + t) * lanes + lane] = dot;
+        shared.partial[(q * kTokens + t) * lanes + lane] = dot(query[q], key);
       }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kQueries * heads * count; i += blockDim.x) {
       const int t = i % count, h = i / count % heads, q = i / count / heads;
       const float* partial = shared.partial + (q * kTokens + t) * lanes + h * a.shape.head_lanes;
-      float dot = 0;
-      for (int l = 0; l < a.shape.head_lanes; ++l) dot += partial[l];
-      shared.weight[(q * a.shape.heads + h) * kTokens + t] = a.scale * dot + shared.bias[t];
+      shared.weight[(q * a.shape.heads + h) * kTokens + t] =
+          a.scale * sum_lanes(partial, a.shape.head_lanes) + shared.bias[t];
     }
     __syncthreads();
     step_softmax<kQueries>(shared, a.shape.heads, count);
@@ -198,21 +103,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) region_attention_kernel(
     }
   }
 
-  // The rows' sums meet in the first row, in order.
   __syncthreads();
-#pragma unroll
-  for (int q = 0; q < kQueries; ++q)
-    if (owner)
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) shared.partial[((q * rows + row) * lanes + lane) * kVec + c] = sum[q][c];
-  __syncthreads();
+  add_rows<kQueries>(shared.partial, sum, rows, lanes, row, lane, owner);
   if (!owner || row != 0) return;
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
     if (q >= queries) continue;
-    for (int other = 1; other < rows; ++other)
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) sum[q][c] += shared.partial[((q * rows + other) * lanes + lane) * kVec + c];
     const float2 state = shared.state[q * a.shape.heads + head];
     const int64_t query_row = r * a.queries + first_query + q;
     const bool first_lane = lane % a.shape.head_lanes == 0;

@@ -48,11 +48,16 @@ __global__ void multiply_kernel(const T* a, const T* b, float* out, int depth, b
     wait_for_copies<1>();
   __syncwarp();
   float sum[4] = {0, 0, 0, 0};
-  for (int k = 0; k < depth; k += 16) {
-    uint32_t x[4], y[4];
+  uint32_t x[4], y[4];
+  for (int k = 0; k + 16 <= depth; k += 16) {
     load_matrices(x, left + lane % 16 * depth + k + lane / 16 * 8);
     load_matrices_transposed(y, right + (k + lane % 16) * 8);
     mma(sum, x, {y[0], y[1]}, T());
+  }
+  if (depth % 16 != 0) {
+    load_matrices(x, left + lane % 16 * depth + depth - 8);
+    load_matrices_transposed(y, right + (depth - 8 + lane % 8) * 8);
+    mma_8(sum, {x[0], x[1]}, y[0], T());
   }
   for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * member + i % 2] = sum[i];
 }
