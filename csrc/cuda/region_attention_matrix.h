@@ -1,7 +1,7 @@
 // What the kernels of region_attention with matrix units share. A warp works alone: it owns a head (or a slice of a
-// wide one), keeps tiles of 16 rows in its own part of shared memory, and waits for nobody else. Rows are tokens or
-// queries; scores are tiles of 16 x 16. Single queries take this path too: padded to 16 they still cost fewer
-// instructions than multiplying one by one, because nothing has to be widened or summed over lanes.
+// wide one) and keeps tiles of 16 rows in its own part of shared memory. Rows are tokens or queries; scores are tiles
+// of 16 x 16. Single queries take this path too: padded to 16 they still cost fewer instructions than multiplying one
+// by one, because nothing has to be widened or summed over lanes.
 #pragma once
 
 #include "mma.h"
