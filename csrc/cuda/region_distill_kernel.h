@@ -1,0 +1,402 @@
+// region_distill: a block owns a tile of one image's gradient for 64 bytes of channels and walks, in the plan's order,
+// the blocks of cells that touch it. Loss and gradient come from one reading of the teacher; the aligned map is only
+// ever in registers. A warp has 4 channels of its own throughout, so nothing is added by two warps: no atomics, the
+// same bits every time. Without gradient a block has a block of cells instead, and walks along its channels.
+#pragma once
+
+#include "region_distill_products.h"
+#include "region_distill_walk.h"
+
+namespace granvit::cuda {
+
+// Brings an item's tokens and cells to a stage. A line that no cell reads is zero, whatever the tokens hold there.
+template <typename T>
+__device__ __forceinline__ void copy_item(const DistillArgs<T>& a, const Item& item, unsigned char* stage) {
+  constexpr int kLines = kWorkers<T> * 32 / (4 * kSide);  // rows that all threads copy at a time
+  constexpr int kElements = 16 / sizeof(T);
+  const int chunk = threadIdx.x % 4, column = threadIdx.x / 4 % kSide, first = threadIdx.x / (4 * kSide);
+  const int64_t channel = chunk * kElements;
+  const int channels = static_cast<int>(min(static_cast<int64_t>(kElements), a.channels - item.channel - channel));
+  const auto copy = [&](unsigned char* to, const T* base, const T* from, bool keep) {
+    keep = keep && channels > 0;
+    if (a.wide) {
+      copy_async(to, keep ? from : base, keep);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i)
+        reinterpret_cast<T*>(to)[i] = keep && i < channels ? from[i] : narrow<T>(0.0f);
+    }
+  };
+  if ((item.flags & kAlign) != 0 && column < 8 * item.halves_x) {
+    const T* from = a.student.data + item.token + column * a.student.row_stride + channel;
+    for (int row = first; row < 8 * item.halves_y; row += kLines)
+      copy(stage + chunk_place(row, column, chunk), a.student.data, from + row * item.line,
+           (item.used_y >> row & item.used_x >> column & 1) != 0);
+  }
+  if ((item.flags & kCompare) != 0 && column < 8 * item.halves_q) {
+    const T* from = a.teacher + item.cell + column * a.teacher_row_stride + channel;
+    const int64_t line = item.cell_width * a.teacher_row_stride;
+    for (int row = first; row < 8 * item.halves_p; row += kLines)
+      copy(stage + kStageBytes / 2 + chunk_place(row, column, chunk), a.teacher, from + row * line,
+           row < item.rows && column < item.columns);
+  }
+}
+
+// For each of a lane's cells, over its channels: student . teacher, student . student, teacher . teacher.
+using CellSums = float[2][4][3];
+
+// cells: in: the student's, aligned; out: the loss's gradient of them, times the item's factor. Returns the sum of
+// squared differences.
+template <typename T, DistillPass kPass>
+__device__ __forceinline__ float compare(const DistillArgs<T>& a, const Item& item, const unsigned char* teacher,
+                                         int warp, Squares& cells, CellSums& sums) {
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  float loss = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half >= item.halves_p) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i / 2 >= item.halves_q) break;
+      const int p = 8 * half + 2 * member + i % 2, q = group + i / 2 * 8;
+      float2 slope = make_float2(0, 0);
+      if constexpr (kPass == DistillPass::kCosineGrad) {
+        if (p < item.rows && q < item.columns) {
+          slope = a.slope[item.cell_index + static_cast<int64_t>(p) * item.cell_width + q];
+          slope.x *= item.factor;
+          slope.y *= item.factor;
+        }
+      }
+      float theirs[kWarpChannels];
+      load_place<T>(teacher, warp, p, q, theirs);
+#pragma unroll
+      for (int c = 0; c < kWarpChannels; ++c) {
+        const float t = theirs[c];
+        float& s = cells[c][half][i];
+        if constexpr (kPass == DistillPass::kProducts) {
+          sums[half][i][0] += s * t;
+          sums[half][i][1] += s * s;
+          sums[half][i][2] += t * t;
+        } else if constexpr (kPass == DistillPass::kCosineGrad) {
+          s = slope.x * s + slope.y * t;
+        } else {
+          const float difference = s - t;
+          loss += difference * difference;
+          s = difference * (2 * item.factor);
+        }
+      }
+    }
+  }
+  return loss;
+}
+
+// The lane's tokens of a window.
+template <typename T>
+__device__ __forceinline__ void load_tokens(const Item& item, const unsigned char* stage, int warp, Squares& tokens) {
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half >= item.halves_y) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i / 2 >= item.halves_x) break;
+      float four[kWarpChannels];
+      load_place<T>(stage, warp, 8 * half + 2 * member + i % 2, group + i / 2 * 8, four);
+#pragma unroll
+      for (int c = 0; c < kWarpChannels; ++c) tokens[c][half][i] = four[c];
+    }
+  }
+}
+
+// A warp's part of an item. `cells` lives on while the windows of a block of cells come one after another.
+template <typename T, DistillPass kPass>
+__device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& item, const unsigned char* stage,
+                                         const float* weights, const DistillShared<T>& shared, int warp, Squares& cells,
+                                         CellSums& sums) {
+  float loss = 0;
+  if ((item.flags & kFirstWindow) != 0) set_zero(cells);
+  if ((item.flags & kAlign) != 0) {
+    Squares tokens, rows;
+    load_tokens<T>(item, stage, warp, tokens);
+    set_zero(rows);
+    multiply<T, !kSplit<T>>(rows, Weights<T>(weights, 0), tokens, item.halves_y, item.halves_x);
+    multiply<T, false>(cells, Weights<T>(weights, 1), rows, item.halves_x, item.halves_p);
+  }
+  if ((item.flags & kCompare) != 0) {
+    loss = compare<T, kPass>(a, item, stage + kStageBytes / 2, warp, cells, sums);
+  }
+  if constexpr (wants_grad(kPass)) {
+    if ((item.flags & kPullBack) != 0) {
+      float4* plane = shared.grad + warp * shared.plane;
+      Squares rows, grad;
+      set_zero(rows);
+      multiply<T, false>(rows, Weights<T>(weights, 2), cells, item.halves_p, item.halves_q);
+      set_zero(grad);
+      for_each_owned(item, [&](int half, int i, int y, int x) {
+        const float4 before = plane[y * shared.pitch + x];
+        grad[0][half][i] = before.x, grad[1][half][i] = before.y;
+        grad[2][half][i] = before.z, grad[3][half][i] = before.w;
+      });
+      multiply<T, false>(grad, Weights<T>(weights, 3), rows, item.halves_q, item.halves_y);
+      for_each_owned(item, [&](int half, int i, int y, int x) {
+        plane[y * shared.pitch + x] =
+            make_float4(grad[0][half][i], grad[1][half][i], grad[2][half][i], grad[3][half][i]);
+      });
+    }
+  }
+  return loss;
+}
+
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// Writes the tile's tokens, all their channels that the block has.
+template <typename T, typename Grad>
+__device__ __forceinline__ void write_tile(const DistillArgs<T>& a, const DistillShared<T>& shared,
+                                           const ImageGrid& image, int64_t first_token, int tile_y, int tile_x,
+                                           int64_t channel) {
+  const int rows = min(a.tile.height, image.height - tile_y), columns = min(a.tile.width, image.width - tile_x);
+  for (int i = threadIdx.x; i < rows * columns * kWorkers<T>; i += blockDim.x) {
+    const int worker = i % kWorkers<T>, y = i / kWorkers<T> / columns, x = i / kWorkers<T> % columns;
+    const int64_t c = channel + worker * kWarpChannels;
+    if (c >= a.channels) continue;
+    const float4 sum = shared.grad[worker * shared.plane + y * shared.pitch + x];
+    const float four[4] = {sum.x, sum.y, sum.z, sum.w};
+    const int64_t token = first_token + static_cast<int64_t>(tile_y + y) * image.width + tile_x + x;
+    Grad* to = static_cast<Grad*>(a.grad) + token * a.channels + c;
+    if (a.channels % kWarpChannels == 0) {
+      store_four(to, four);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWarpChannels; ++j)
+        if (c + j < a.channels) to[j] = narrow<Grad>(four[j]);
+    }
+  }
+}
+
+// From the sums of a block of cells: its loss, and the factors of each cell's gradient.
+template <typename T>
+__device__ __forceinline__ void finish_cosines(const DistillArgs<T>& a, const Item& item, int warp,
+                                               const CellSums& sums) {
+  constexpr double kNormFloor = 1e-8;                     // as torch.cosine_similarity
+  auto* all = reinterpret_cast<float*>(shared_memory());  // [kWorkers][kSquare][3], where the stages were
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  if (warp < kWorkers<T>)
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int k = 0; k < 3; ++k)
+        all[(warp * kSquare + (i / 4 * 8 + 2 * member + i % 2) * kSide + group + i % 4 / 2 * 8) * 3 + k] =
+            sums[i / 4][i % 4][k];
+  __syncthreads();
+  if (warp == kWorkers<T>) return;
+  double loss = 0;
+  for (int i = threadIdx.x; i < kSquare; i += kWorkers<T> * 32) {
+    const int p = i / kSide, q = i % kSide;
+    if (p >= item.rows || q >= item.columns) continue;
+    double dot = 0, ours = 0, theirs = 0;
+    for (int w = 0; w < kWorkers<T>; ++w) {
+      dot += all[(w * kSquare + i) * 3];
+      ours += all[(w * kSquare + i) * 3 + 1];
+      theirs += all[(w * kSquare + i) * 3 + 2];
+    }
+    const double norm = sqrt(ours);
+    const double by_ours = 1 / (norm < kNormFloor ? kNormFloor : norm);
+    const double root = sqrt(theirs);
+    const double by_theirs = 1 / (root < kNormFloor ? kNormFloor : root);
+    const double cosine = dot * by_ours * by_theirs;
+    loss += 1 - cosine;
+    // Below the floor the norm counts as a constant.
+    if (a.slope != nullptr)
+      a.slope[item.cell_index + static_cast<int64_t>(p) * item.cell_width + q] =
+          make_float2(norm > kNormFloor ? static_cast<float>(cosine * by_ours * by_ours) : 0.0f,
+                      static_cast<float>(-by_ours * by_theirs));
+  }
+  loss = warp_sum(loss);
+  if (threadIdx.x % 32 == 0 && a.partial != nullptr) a.partial[item.work * a.parts + warp] = loss;
+}
+
+// Where the items of a stage and a slot lie.
+template <typename T>
+__device__ __forceinline__ float* weights_of(const DistillShared<T>& shared, int i) {
+  return shared.weights + i % kItems * kMatrices * kSquare;
+}
+template <typename T>
+__device__ __forceinline__ unsigned char* stage_of(const DistillShared<T>& shared, int i) {
+  return shared.stages + i % kStages * kStageBytes;
+}
+
+// The loop of the planning warp, and that of the others: item i is worked on while the data of item i + 1 arrive and
+// item i + 2 is planned. Both return the number of items.
+template <typename T, bool kGrad>
+__device__ __forceinline__ int plan_items(const DistillArgs<T>& a, const DistillShared<T>& shared,
+                                          DistillWalk<T, kGrad>& walk) {
+  walk.next(a, shared.items, weights_of(shared, 0));
+  block_barrier();
+  walk.next(a, shared.items + 1, weights_of(shared, 1));
+  for (int i = 0;; ++i) {
+    block_barrier();
+    if (shared.items[i % kItems].flags == 0) return i;
+    walk.next(a, shared.items + (i + 2) % kItems, weights_of(shared, i + 2));
+  }
+}
+
+template <typename T, DistillPass kPass>
+__device__ __forceinline__ int work_on_items(const DistillArgs<T>& a, const DistillShared<T>& shared, CellSums& sums,
+                                             double& loss) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Squares cells;
+  set_zero(cells);
+  block_barrier();
+  if (shared.items[0].flags != 0) copy_item(a, shared.items[0], stage_of(shared, 0));
+  commit_copies();
+  for (int i = 0;; ++i) {
+    wait_for_copies<0>();
+    block_barrier();
+    const Item& item = shared.items[i % kItems];
+    if (item.flags == 0) return i;
+    const Item& next = shared.items[(i + 1) % kItems];
+    if (next.flags != 0) copy_item(a, next, stage_of(shared, i + 1));
+    commit_copies();
+    if (item.channel + warp * kWarpChannels >= a.channels) continue;
+    const float squares =
+        work_on<T, kPass>(a, item, stage_of(shared, i), weights_of(shared, i), shared, warp, cells, sums);
+    if constexpr (kPass == DistillPass::kSquares) {
+      loss += squares;
+    } else if constexpr (kPass == DistillPass::kSquaresAndGrad) {
+      if (a.partial != nullptr && (item.flags & kHome) != 0) {
+        const double total = warp_sum(squares);
+        if (lane == 0) a.partial[item.work * a.parts + item.channel / kWarpChannels + warp] = total;
+      }
+    }
+  }
+}
+
+// A block a tile of tokens and a block of channels.
+template <typename T, DistillPass kPass>
+__global__ void __launch_bounds__(kDistillThreads<T>, 1) region_distill_by_tiles_kernel(DistillArgs<T> a) {
+  static_assert(wants_grad(kPass));
+  const DistillShared<T> shared(a.tile);
+  const int64_t n = blockIdx.x / a.channel_blocks;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x % a.channel_blocks) * kItemChannels<T>;
+  int64_t b, t;
+  if (a.tile_start == nullptr) {
+    const int64_t tiles = a.tile.count(a.images.height, a.images.width);
+    b = n / tiles;
+    t = n % tiles;
+  } else {
+    // Where the grids are on the device, there are more blocks than tiles.
+    if (n >= a.tile_start[a.images.count]) return;
+    b = find_segment(a.tile_start, a.images.count, n);
+    t = n - a.tile_start[b];
+  }
+  const ImageGrid image = a.images[b];
+  if (image.width == 0) return;
+  const int tiles_x = (image.width + a.tile.width - 1) / a.tile.width;
+  const int tile_y = static_cast<int>(t / tiles_x) * a.tile.height;
+  const int tile_x = static_cast<int>(t % tiles_x) * a.tile.width;
+  for (int i = threadIdx.x; i < kWorkers<T> * shared.plane; i += blockDim.x) shared.grad[i] = make_float4(0, 0, 0, 0);
+  if (threadIdx.x / 32 == kWorkers<T>) {
+    DistillWalk<T, true> walk;
+    walk.start_tile(a, b, image, tile_y, tile_x, channel);
+    plan_items(a, shared, walk);
+  } else {
+    CellSums sums;
+    double loss;
+    work_on_items<T, kPass>(a, shared, sums, loss);
+  }
+  const int64_t first_token = a.images.sizes != nullptr ? image.first_token : b * image.height * image.width;
+  if (a.grad_float)
+    write_tile<T, float>(a, shared, image, first_token, tile_y, tile_x, channel);
+  else
+    write_tile<T, T>(a, shared, image, first_token, tile_y, tile_x, channel);
+}
+
+// A block a block of cells and some of its channels.
+template <typename T, DistillPass kPass>
+__global__ void __launch_bounds__(kDistillThreads<T>, 1) region_distill_by_cells_kernel(DistillArgs<T> a) {
+  static_assert(!wants_grad(kPass));
+  const DistillShared<T> shared(a.tile);
+  const int warp = threadIdx.x / 32;
+  CellSums sums;
+  for (int i = 0; i < 24; ++i) sums[i / 12][i / 3 % 4][i % 3] = 0;
+  double loss = 0;
+  int count;
+  if (warp == kWorkers<T>) {
+    DistillWalk<T, false> walk;
+    walk.start_work(a, blockIdx.x, static_cast<int64_t>(blockIdx.y) * a.block_channels);
+    count = plan_items(a, shared, walk);
+  } else {
+    count = work_on_items<T, kPass>(a, shared, sums, loss);
+  }
+  if (count == 0) return;
+  const Item& item = shared.items[(count - 1) % kItems];
+  if constexpr (kPass == DistillPass::kProducts) {
+    finish_cosines(a, item, warp, sums);
+  } else if (warp < kWorkers<T>) {
+    loss = warp_sum(loss);
+    if (threadIdx.x % 32 == 0) a.partial[item.work * a.parts + blockIdx.y * kWorkers<T> + warp] = loss;
+  }
+}
+
+constexpr int kSumThreads = 256;
+
+// The sum over a block's threads, in every thread.
+__device__ __forceinline__ double block_sum(double x) {
+  auto* sums = reinterpret_cast<double*>(shared_memory());
+  x = warp_sum(x);
+  __syncthreads();  // the last call's sums have been read
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < kSumThreads / 32; ++w) sum += sums[w];
+  return sum;
+}
+
+struct SumArgs {
+  Regions regions;
+  Images images;
+  Outputs outputs;
+  Shares shares;
+  const int64_t* work_start;  // a grid per region
+  const double* partial;
+  int parts;
+  double terms;
+  double* means;  // (R,)
+  float* value;   // (R,) where the regions' means are wanted, else one
+};
+
+// Each region's mean; one block a region.
+static __global__ void __launch_bounds__(kSumThreads) region_distill_means_kernel(SumArgs a, bool wanted) {
+  const int64_t r = blockIdx.x;
+  const auto out = a.outputs[r];
+  const int64_t blocks = blocks_along(out.height) * blocks_along(out.width);
+  const int64_t first = (a.work_start == nullptr ? r * blocks : a.work_start[r]) * a.parts;
+  // A grid that the tokens cannot hold has no tokens, and nothing was written for its regions.
+  const bool valid = a.images[a.regions.image(r)].width > 0;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; valid && i < blocks * a.parts; i += kSumThreads) sum += a.partial[first + i];
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  const double mean = sum / (static_cast<double>(out.height) * out.width * a.terms);
+  a.means[r] = mean;
+  if (wanted) a.value[r] = static_cast<float>(mean);
+}
+
+// Their mean, by shares; one block.
+static __global__ void __launch_bounds__(kSumThreads) region_distill_mean_kernel(SumArgs a) {
+  double total = 0, sum = 0;
+  for (int64_t r = threadIdx.x; r < a.regions.count; r += kSumThreads) {
+    const auto out = a.outputs[r];
+    const double share = a.shares.values != nullptr ? a.shares[r] : static_cast<double>(out.height) * out.width;
+    total += share;
+    if (share != 0) sum += share * a.means[r];
+  }
+  total = block_sum(total);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *a.value = total > 0 ? static_cast<float>(sum / total) : 0;
+}
+
+}  // namespace granvit::cuda

@@ -1,0 +1,139 @@
+// Four matrix products, one after another in registers: V = A_y X, D^T = A_x V^T, and for the gradient of the cells E
+// Z = A_y^T E, G^T = A_x^T Z^T. mma_tf32 leaves columns 2 member, 2 member + 1 of a row to a lane; where the inner
+// index of the next product is permuted so that these come as rows member, member + 4, the result is its operand as it
+// is, and transposed. The permutation also moves the columns of the weights; fragment_place() does that.
+#pragma once
+
+#include "region_distill_args.h"
+
+namespace granvit::cuda {
+
+// A lane's part of a 16 x 16 matrix for each of a warp's channels. [half][i]: at 8 half + 2 member + i % 2 along the
+// one side and group + i / 2 * 8 along the other; the sides are (y, x) for tokens and (p, q) for cells.
+using Squares = float[kWarpChannels][2][4];
+
+__device__ __forceinline__ void set_zero(Squares& x) {
+#pragma unroll
+  for (int c = 0; c < kWarpChannels; ++c)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[c][i / 4][i % 4] = 0;
+}
+
+// float32 is multiplied as the sum of two tf32 numbers, of which the product of the small ones is left out; 16-bit data
+// is exact in tf32, and its intermediate results are rounded.
+template <typename T>
+constexpr bool kSplit = sizeof(T) == 4;
+
+template <typename T>
+struct Weights {
+  uint32_t big[2][4];
+  uint32_t small[kSplit<T> ? 2 : 1][4];
+
+  // Matrix `index` of an item.
+  __device__ __forceinline__ Weights(const float* weights, int index) {
+    const auto* from = reinterpret_cast<const float4*>(weights) + index * kSquare / 4 + threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const float4 w = from[step * 32];
+      const float values[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        big[step][i] = nearest_tf32(values[i]);
+        if constexpr (kSplit<T>) small[step][i] = nearest_tf32(tf32_rest(values[i], big[step][i]));
+      }
+    }
+  }
+};
+
+// out[c] += weights in[c]^T for every channel; only `halves_in` of the inner index and `halves_out` of the columns.
+// kExact: `in` is exact in tf32.
+template <typename T, bool kExact>
+__device__ __forceinline__ void multiply(Squares& out, const Weights<T>& weights, const Squares& in, int halves_in,
+                                         int halves_out) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    if (step >= halves_in) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half >= halves_out) break;
+#pragma unroll
+      for (int c = 0; c < kWarpChannels; ++c) {
+        const float values[2] = {in[c][step][2 * half], in[c][step][2 * half + 1]};
+        uint32_t big[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) big[j] = kExact ? tf32_bits(values[j]) : nearest_tf32(values[j]);
+        if constexpr (kSplit<T>) {
+          uint32_t small[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) small[j] = nearest_tf32(tf32_rest(values[j], big[j]));
+          mma_tf32(out[c][half], weights.small[step], big);
+          mma_tf32(out[c][half], weights.big[step], small);
+        }
+        mma_tf32(out[c][half], weights.big[step], big);
+      }
+    }
+  }
+}
+
+// Where a 16-byte chunk of a token or cell lies in a stage: moved about so that the lanes of a read, which differ in
+// a / 2 and b, meet all banks.
+__device__ __forceinline__ int chunk_place(int a, int b, int chunk) {
+  return ((a * kSide + b) * 4 + (chunk ^ (a / 2 % 4))) * 16;
+}
+
+template <typename T>
+__device__ __forceinline__ void load_four(const T* from, float (&to)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else {
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
+    typename Pair<T>::Type pairs[2];
+    memcpy(pairs, &bits, sizeof(bits));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 x = Pair<T>::widen(pairs[i]);
+      to[2 * i] = x.x;
+      to[2 * i + 1] = x.y;
+    }
+  }
+}
+
+// Four channels, 8 or 16 bytes at a time.
+template <typename T>
+__device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    __stwb(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+  } else {
+    const auto low = Pair<T>::narrow(x[0], x[1]), high = Pair<T>::narrow(x[2], x[3]);
+    uint2 bits;
+    memcpy(&bits.x, &low, sizeof(bits.x));
+    memcpy(&bits.y, &high, sizeof(bits.y));
+    __stwb(reinterpret_cast<uint2*>(to), bits);
+  }
+}
+
+// A warp's channels of one token or cell of a stage.
+template <typename T>
+__device__ __forceinline__ void load_place(const unsigned char* stage, int warp, int a, int b,
+                                           float (&four)[kWarpChannels]) {
+  constexpr int kBytes = kWarpChannels * sizeof(T);
+  load_four(reinterpret_cast<const T*>(stage + chunk_place(a, b, warp * kBytes / 16) + warp * kBytes % 16), four);
+}
+
+// The lane's places in a tile of the gradient that the item may write: those that it owns.
+template <typename Body>
+__device__ __forceinline__ void for_each_owned(const Item& item, Body&& body) {
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half >= item.halves_y) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int y = 8 * half + 2 * member + i % 2, x = group + i / 2 * 8;
+      if ((item.owned_y >> y & item.owned_x >> x & 1) != 0) body(half, i, item.tile_y + y, item.tile_x + x);
+    }
+  }
+}
+
+}  // namespace granvit::cuda
