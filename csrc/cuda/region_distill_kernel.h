@@ -119,8 +119,8 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
     Squares tokens, rows;
     load_tokens<T>(item, stage, warp, tokens);
     set_zero(rows);
-    multiply<T, !kSplit<T>>(rows, Weights<T>(weights, 0), tokens, item.halves_y, item.halves_x);
-    multiply<T, false>(cells, Weights<T>(weights, 1), rows, item.halves_x, item.halves_p);
+    multiply<T, Operand::kTokens>(rows, Weights<T>(weights, 0), tokens, item.halves_y, item.halves_x);
+    multiply<T, Operand::kRows>(cells, Weights<T>(weights, 1), rows, item.halves_x, item.halves_p);
   }
   if ((item.flags & kCompare) != 0) {
     loss = compare<T, kPass>(a, item, stage + kStageBytes / 2, warp, cells, sums);
@@ -130,14 +130,14 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
       float4* plane = shared.grad + warp * shared.plane;
       Squares rows, grad;
       set_zero(rows);
-      multiply<T, false>(rows, Weights<T>(weights, 2), cells, item.halves_p, item.halves_q);
+      multiply<T, Operand::kGradient>(rows, Weights<T>(weights, 2), cells, item.halves_p, item.halves_q);
       set_zero(grad);
       for_each_owned(item, [&](int half, int i, int y, int x) {
         const float4 before = plane[y * shared.pitch + x];
         grad[0][half][i] = before.x, grad[1][half][i] = before.y;
         grad[2][half][i] = before.z, grad[3][half][i] = before.w;
       });
-      multiply<T, false>(grad, Weights<T>(weights, 3), rows, item.halves_q, item.halves_y);
+      multiply<T, Operand::kGradient>(grad, Weights<T>(weights, 3), rows, item.halves_q, item.halves_y);
       for_each_owned(item, [&](int half, int i, int y, int x) {
         plane[y * shared.pitch + x] =
             make_float4(grad[0][half][i], grad[1][half][i], grad[2][half][i], grad[3][half][i]);

@@ -19,8 +19,8 @@ __device__ __forceinline__ void set_zero(Squares& x) {
     for (int i = 0; i < 8; ++i) x[c][i / 4][i % 4] = 0;
 }
 
-// float32 is multiplied as the sum of two tf32 numbers, of which the product of the small ones is left out; 16-bit data
-// is exact in tf32, and its intermediate results are rounded.
+// float32 is multiplied as the sum of two tf32 numbers, of which the product of the small ones is left out; with 16-bit
+// data intermediate results are rounded to tf32.
 template <typename T>
 constexpr bool kSplit = sizeof(T) == 4;
 
@@ -45,9 +45,12 @@ struct Weights {
   }
 };
 
+// What a product takes besides weights. 16-bit tokens are exact in tf32. On the way to the cells float32 keeps all of
+// its bits, which takes a third number, so that a student equal to its teacher has a loss of exactly zero.
+enum class Operand { kTokens, kRows, kGradient };
+
 // out[c] += weights in[c]^T for every channel; only `halves_in` of the inner index and `halves_out` of the columns.
-// kExact: `in` is exact in tf32.
-template <typename T, bool kExact>
+template <typename T, Operand kOperand>
 __device__ __forceinline__ void multiply(Squares& out, const Weights<T>& weights, const Squares& in, int halves_in,
                                          int halves_out) {
 #pragma unroll
@@ -61,11 +64,20 @@ __device__ __forceinline__ void multiply(Squares& out, const Weights<T>& weights
         const float values[2] = {in[c][step][2 * half], in[c][step][2 * half + 1]};
         uint32_t big[2];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) big[j] = kExact ? tf32_bits(values[j]) : nearest_tf32(values[j]);
+        for (int j = 0; j < 2; ++j)
+          big[j] = !kSplit<T> && kOperand == Operand::kTokens ? tf32_bits(values[j]) : nearest_tf32(values[j]);
         if constexpr (kSplit<T>) {
           uint32_t small[2];
+          float rest[2];
 #pragma unroll
-          for (int j = 0; j < 2; ++j) small[j] = nearest_tf32(tf32_rest(values[j], big[j]));
+          for (int j = 0; j < 2; ++j) {
+            rest[j] = tf32_rest(values[j], big[j]);
+            small[j] = nearest_tf32(rest[j]);
+          }
+          if constexpr (kOperand != Operand::kGradient) {
+            const uint32_t last[2] = {tf32_bits(tf32_rest(rest[0], small[0])), tf32_bits(tf32_rest(rest[1], small[1]))};
+            mma_tf32(out[c][half], weights.big[step], last);
+          }
           mma_tf32(out[c][half], weights.small[step], big);
           mma_tf32(out[c][half], weights.big[step], small);
         }
