@@ -233,13 +233,10 @@ __device__ __forceinline__ unsigned char* stage_of(const DistillShared<T>& share
 template <typename T, bool kGrad>
 __device__ __forceinline__ int plan_items(const DistillArgs<T>& a, const DistillShared<T>& shared,
                                           DistillWalk<T, kGrad>& walk) {
-  walk.next(a, shared.items, weights_of(shared, 0));
-  block_barrier();
-  walk.next(a, shared.items + 1, weights_of(shared, 1));
   for (int i = 0;; ++i) {
+    walk.next(a, shared.items + i % kItems, weights_of(shared, i));
     block_barrier();
-    if (shared.items[i % kItems].flags == 0) return i;
-    walk.next(a, shared.items + (i + 2) % kItems, weights_of(shared, i + 2));
+    if (i > 0 && shared.items[(i - 1) % kItems].flags == 0) return i - 1;
   }
 }
 

@@ -38,7 +38,7 @@ struct Weights {
       const float values[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        big[step][i] = nearest_tf32(values[i]);
+        big[step][i] = tf32_bits(values[i]) + 0x1000u;  // nearest_tf32 of what is finite
         if constexpr (kSplit<T>) small[step][i] = nearest_tf32(tf32_rest(values[i], big[step][i]));
       }
     }

@@ -60,9 +60,8 @@ class DistillWalk {
     load_chunk();
     rest_y_ = 1u << y % kSide;
     rest_x_ = 1u << x % kSide;
-    channel_ = channel;
+    channel_ = channel - kItemChannels<T>;
     channel_end_ = min(channel + a.block_channels, a.channels);
-    start_block();
   }
 
   __device__ __forceinline__ void start_tile(const DistillArgs<T>& a, int64_t image_index, const ImageGrid& image,
@@ -77,8 +76,6 @@ class DistillWalk {
     position_ = a.region_start[image_index] - 32;
     end_ = a.region_start[image_index + 1];
     share_sum_ = a.shares.relative ? sum_of_shares(a) : 1;
-    next_cell_block(a);
-    if (!done_) start_block();
   }
 
   // Writes the next item, or one that ends the loop.
@@ -308,7 +305,7 @@ class DistillWalk {
   unsigned chunk_bits_x_ = 0;         // columns of blocks in the chunk that touch the tile
   unsigned rest_y_ = 0, rest_x_ = 0;  // still to come, the present one included
   Lines block_y_{}, block_x_{};
-  int windows_x_ = 1, windows_ = 1, step_ = 0;
+  int windows_x_ = 0, windows_ = 0, step_ = 0;
   bool done_ = false;
 };
 
