@@ -100,24 +100,23 @@ enum ItemFlags : int {
   kPullBack = 8,     // spread the cells' gradient over the window's tokens
   kHome = 16,        // the loss of the block of cells is counted here
   kIsItem = 32,      // always set
+  // More than 8 are in use of the window's rows, of its columns, of the block's rows of cells, of its columns.
+  kBothY = 64,
+  kBothX = 128,
+  kBothP = 256,
+  kBothQ = 512,
 };
 
 struct alignas(16) Item {
   int flags;           // 0 ends the loop
-  int halves_y;        // 1 or 2: how much of the window's rows is used,
-  int halves_x;        // of its columns,
-  int halves_p;        // of the block's rows of cells
-  int halves_q;        // and of its columns
-  unsigned used_y;     // bits: rows of the window with a weight that is not zero
-  unsigned used_x;     // columns
-  unsigned owned_y;    // of those, the ones in the tile
-  unsigned owned_x;    //
+  unsigned used;       // bits: rows of the window with a weight that is not zero, and from bit 16 columns
+  unsigned owned;      // of those, the ones in the tile
+  float factor;        // of the cells' gradient
   int tile_y;          // the window's corner in the tile; may be outside
   int tile_x;          //
   int rows;            // of cells
   int columns;         //
   int cell_width;      // of the region's grid
-  float factor;        // of the cells' gradient
   int64_t token;       // offset of the window's corner, first channel included
   int64_t line;        // stride of its rows
   int64_t cell;        // offset of the block's first cell, likewise
@@ -125,6 +124,20 @@ struct alignas(16) Item {
   int64_t channel;
   int64_t work;  // number of the block of cells
 };
+
+// What a block owns of the gradient.
+struct alignas(16) OwnTile {
+  ImageGrid image;
+  int64_t image_index;
+  int64_t channel;
+  int y;
+  int x;
+  int end_y;
+  int end_x;
+};
+
+// Bit (y, x) of two sets of 16 bits.
+__device__ __forceinline__ bool in_both(unsigned bits, int y, int x) { return (bits >> y & bits >> (x + 16) & 1) != 0; }
 
 // A weight's place in shared memory: each lane's four of a product's step side by side. The inner index of the product
 // is permuted, 2 member + j standing where mma_tf32 has member + 4 j, and then a result is the next product's operand
@@ -139,23 +152,25 @@ struct DistillShared {
   unsigned char* stages;  // [kStages][2][kSquare][kChannelBytes]
   float* weights;         // [kItems][kMatrices][kSquare]
   Item* items;            // [kItems]
-  float4* grad;           // [kWorkers][plane]
-  int pitch;              // of a tile's rows; odd, so that reads of a warp meet all banks
+  OwnTile* tile;
+  float4* grad;  // [kWorkers][plane]
+  int pitch;     // of a tile's rows; odd, so that reads of a warp meet all banks
   int plane;
 
   static __host__ __device__ __forceinline__ int pitch_of(Tile tile) { return tile.width + 1; }
   static __host__ __device__ __forceinline__ int plane_of(Tile tile) { return tile.height * pitch_of(tile) + 1; }
   static size_t bytes(Tile tile, bool with_grad) {
-    const size_t items = sizeof(float) * kItems * kMatrices * kSquare + kItems * sizeof(Item);
+    const size_t items = sizeof(float) * kItems * kMatrices * kSquare + kItems * sizeof(Item) + sizeof(OwnTile);
     return kStages * kStageBytes + items + (with_grad ? sizeof(float4) * kWorkers<T> * plane_of(tile) : 0);
   }
-  __device__ __forceinline__ explicit DistillShared(Tile tile) {
+  __device__ __forceinline__ explicit DistillShared(Tile shape) {
     stages = shared_memory();
     weights = reinterpret_cast<float*>(stages + kStages * kStageBytes);
     items = reinterpret_cast<Item*>(weights + kItems * kMatrices * kSquare);
-    grad = reinterpret_cast<float4*>(items + kItems);
-    pitch = pitch_of(tile);
-    plane = plane_of(tile);
+    tile = reinterpret_cast<OwnTile*>(items + kItems);
+    grad = reinterpret_cast<float4*>(tile + 1);
+    pitch = pitch_of(shape);
+    plane = plane_of(shape);
   }
 };
 

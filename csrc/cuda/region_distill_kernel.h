@@ -27,16 +27,16 @@ __device__ __forceinline__ void copy_item(const DistillArgs<T>& a, const Item& i
         reinterpret_cast<T*>(to)[i] = keep && i < channels ? from[i] : narrow<T>(0.0f);
     }
   };
-  if ((item.flags & kAlign) != 0 && column < 8 * item.halves_x) {
+  if ((item.flags & kAlign) != 0 && column < ((item.flags & kBothX) != 0 ? 16 : 8)) {
     const T* from = a.student.data + item.token + column * a.student.row_stride + channel;
-    for (int row = first; row < 8 * item.halves_y; row += kLines)
+    for (int row = first; row < ((item.flags & kBothY) != 0 ? 16 : 8); row += kLines)
       copy(stage + chunk_place(row, column, chunk), a.student.data, from + row * item.line,
-           (item.used_y >> row & item.used_x >> column & 1) != 0);
+           in_both(item.used, row, column));
   }
-  if ((item.flags & kCompare) != 0 && column < 8 * item.halves_q) {
+  if ((item.flags & kCompare) != 0 && column < ((item.flags & kBothQ) != 0 ? 16 : 8)) {
     const T* from = a.teacher + item.cell + column * a.teacher_row_stride + channel;
     const int64_t line = item.cell_width * a.teacher_row_stride;
-    for (int row = first; row < 8 * item.halves_p; row += kLines)
+    for (int row = first; row < ((item.flags & kBothP) != 0 ? 16 : 8); row += kLines)
       copy(stage + kStageBytes / 2 + chunk_place(row, column, chunk), a.teacher, from + row * line,
            row < item.rows && column < item.columns);
   }
@@ -45,30 +45,26 @@ __device__ __forceinline__ void copy_item(const DistillArgs<T>& a, const Item& i
 // For each of a lane's cells, over its channels: student . teacher, student . student, teacher . teacher.
 using CellSums = float[2][4][3];
 
-// cells: in: the student's, aligned; out: the loss's gradient of them, times the item's factor. Returns the sum of
-// squared differences.
+// cells: in: the student's, aligned; out: the loss's gradient of them. Returns the sum of squared differences.
 template <typename T, DistillPass kPass>
-__device__ __forceinline__ float compare(const DistillArgs<T>& a, const Item& item, const unsigned char* teacher,
-                                         int warp, Squares& cells, CellSums& sums) {
+__device__ __forceinline__ float compare(const DistillArgs<T>& a, const Item& item, int flags,
+                                         const RawSquares<T>& teacher, Squares& cells, CellSums& sums) {
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  float loss = 0;
+  float squares[kWarpChannels] = {0, 0, 0, 0};  // more than one, so that additions need not wait for each other
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (half >= item.halves_p) break;
+    if (half > 0 && (flags & kBothP) == 0) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i / 2 >= item.halves_q) break;
-      const int p = 8 * half + 2 * member + i % 2, q = group + i / 2 * 8;
+      if (i > 1 && (flags & kBothQ) == 0) break;
       float2 slope = make_float2(0, 0);
       if constexpr (kPass == DistillPass::kCosineGrad) {
-        if (p < item.rows && q < item.columns) {
+        const int p = 8 * half + 2 * member + i % 2, q = group + i / 2 * 8;
+        if (p < item.rows && q < item.columns)
           slope = a.slope[item.cell_index + static_cast<int64_t>(p) * item.cell_width + q];
-          slope.x *= item.factor;
-          slope.y *= item.factor;
-        }
       }
       float theirs[kWarpChannels];
-      load_place<T>(teacher, warp, p, q, theirs);
+      widen_four(teacher[half][i], theirs, T());
 #pragma unroll
       for (int c = 0; c < kWarpChannels; ++c) {
         const float t = theirs[c];
@@ -78,68 +74,60 @@ __device__ __forceinline__ float compare(const DistillArgs<T>& a, const Item& it
           sums[half][i][1] += s * s;
           sums[half][i][2] += t * t;
         } else if constexpr (kPass == DistillPass::kCosineGrad) {
-          s = slope.x * s + slope.y * t;
+          s = (slope.x * s + slope.y * t) * item.factor;
         } else {
           const float difference = s - t;
-          loss += difference * difference;
-          s = difference * (2 * item.factor);
+          squares[c] += difference * difference;
+          if constexpr (wants_grad(kPass)) s = difference * item.factor;
         }
       }
     }
   }
-  return loss;
+  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
 }
 
-// The lane's tokens of a window.
-template <typename T>
-__device__ __forceinline__ void load_tokens(const Item& item, const unsigned char* stage, int warp, Squares& tokens) {
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (half >= item.halves_y) break;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i / 2 >= item.halves_x) break;
-      float four[kWarpChannels];
-      load_place<T>(stage, warp, 8 * half + 2 * member + i % 2, group + i / 2 * 8, four);
-#pragma unroll
-      for (int c = 0; c < kWarpChannels; ++c) tokens[c][half][i] = four[c];
-    }
-  }
-}
-
-// A warp's part of an item. `cells` lives on while the windows of a block of cells come one after another.
+// A warp's part of an item. `cells` lives on while the windows of a block of cells come one after another. What is read
+// from shared memory is asked for well before it is needed.
 template <typename T, DistillPass kPass>
 __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& item, const unsigned char* stage,
                                          const float* weights, const DistillShared<T>& shared, int warp, Squares& cells,
                                          CellSums& sums) {
+  const int flags = item.flags;
+  const bool both_y = (flags & kBothY) != 0, both_x = (flags & kBothX) != 0, both_p = (flags & kBothP) != 0,
+             both_q = (flags & kBothQ) != 0;
   float loss = 0;
-  if ((item.flags & kFirstWindow) != 0) set_zero(cells);
-  if ((item.flags & kAlign) != 0) {
-    Squares tokens, rows;
-    load_tokens<T>(item, stage, warp, tokens);
+  RawSquares<T> teacher;
+  if ((flags & kCompare) != 0) load_squares<T>(stage + kStageBytes / 2, warp, both_p, both_q, teacher);
+  if ((flags & kFirstWindow) != 0) set_zero(cells);
+  if ((flags & kAlign) != 0) {
+    RawSquares<T> raw;
+    load_squares<T>(stage, warp, both_y, both_x, raw);
+    const Weights<T> weights_y(weights, 0);
+    const Weights<T> weights_x(weights, 1);
+    Squares rows;
     set_zero(rows);
-    multiply<T, Operand::kTokens>(rows, Weights<T>(weights, 0), tokens, item.halves_y, item.halves_x);
-    multiply<T, Operand::kRows>(cells, Weights<T>(weights, 1), rows, item.halves_x, item.halves_p);
+    multiply_tokens<T>(rows, weights_y, raw, both_y, both_x);
+    multiply<T, Operand::kRows>(cells, weights_x, rows, both_x, both_p);
   }
-  if ((item.flags & kCompare) != 0) {
-    loss = compare<T, kPass>(a, item, stage + kStageBytes / 2, warp, cells, sums);
-  }
+  if ((flags & kCompare) != 0) loss = compare<T, kPass>(a, item, flags, teacher, cells, sums);
   if constexpr (wants_grad(kPass)) {
-    if ((item.flags & kPullBack) != 0) {
-      float4* plane = shared.grad + warp * shared.plane;
+    if ((flags & kPullBack) != 0) {
+      const unsigned owned = item.owned;
+      float4* corner = shared.grad + warp * shared.plane + item.tile_y * shared.pitch + item.tile_x;
+      const Weights<T> weights_y(weights, 2);
+      const Weights<T> weights_x(weights, 3);
       Squares rows, grad;
-      set_zero(rows);
-      multiply<T, Operand::kGradient>(rows, Weights<T>(weights, 2), cells, item.halves_p, item.halves_q);
       set_zero(grad);
-      for_each_owned(item, [&](int half, int i, int y, int x) {
-        const float4 before = plane[y * shared.pitch + x];
+      for_each_owned(owned, both_y, both_x, [&](int half, int i, int y, int x) {
+        const float4 before = corner[y * shared.pitch + x];
         grad[0][half][i] = before.x, grad[1][half][i] = before.y;
         grad[2][half][i] = before.z, grad[3][half][i] = before.w;
       });
-      multiply<T, Operand::kGradient>(grad, Weights<T>(weights, 3), rows, item.halves_q, item.halves_y);
-      for_each_owned(item, [&](int half, int i, int y, int x) {
-        plane[y * shared.pitch + x] =
+      set_zero(rows);
+      multiply<T, Operand::kGradient>(rows, weights_y, cells, both_p, both_q);
+      multiply<T, Operand::kGradient>(grad, weights_x, rows, both_q, both_y);
+      for_each_owned(owned, both_y, both_x, [&](int half, int i, int y, int x) {
+        corner[y * shared.pitch + x] =
             make_float4(grad[0][half][i], grad[1][half][i], grad[2][half][i], grad[3][half][i]);
       });
     }
@@ -154,26 +142,51 @@ __device__ __forceinline__ double warp_sum(double x) {
 
 // Writes the tile's tokens, all their channels that the block has.
 template <typename T, typename Grad>
-__device__ __forceinline__ void write_tile(const DistillArgs<T>& a, const DistillShared<T>& shared,
-                                           const ImageGrid& image, int64_t first_token, int tile_y, int tile_x,
-                                           int64_t channel) {
-  const int rows = min(a.tile.height, image.height - tile_y), columns = min(a.tile.width, image.width - tile_x);
+__device__ __forceinline__ void write_tile(const DistillArgs<T>& a, const DistillShared<T>& shared) {
+  const OwnTile tile = *shared.tile;
+  const int rows = tile.end_y - tile.y, columns = tile.end_x - tile.x;
   for (int i = threadIdx.x; i < rows * columns * kWorkers<T>; i += blockDim.x) {
     const int worker = i % kWorkers<T>, y = i / kWorkers<T> / columns, x = i / kWorkers<T> % columns;
-    const int64_t c = channel + worker * kWarpChannels;
-    if (c >= a.channels) continue;
+    const int64_t channel = tile.channel + worker * kWarpChannels;
+    if (channel >= a.channels) continue;
     const float4 sum = shared.grad[worker * shared.plane + y * shared.pitch + x];
     const float four[4] = {sum.x, sum.y, sum.z, sum.w};
-    const int64_t token = first_token + static_cast<int64_t>(tile_y + y) * image.width + tile_x + x;
-    Grad* to = static_cast<Grad*>(a.grad) + token * a.channels + c;
+    const int64_t token = tile.image.first_token + static_cast<int64_t>(tile.y + y) * tile.image.width + tile.x + x;
+    Grad* to = static_cast<Grad*>(a.grad) + token * a.channels + channel;
     if (a.channels % kWarpChannels == 0) {
       store_four(to, four);
     } else {
 #pragma unroll
       for (int j = 0; j < kWarpChannels; ++j)
-        if (c + j < a.channels) to[j] = narrow<Grad>(four[j]);
+        if (channel + j < a.channels) to[j] = narrow<Grad>(four[j]);
     }
   }
+}
+
+// The tile of a block; false for a block without.
+template <typename T>
+__device__ __forceinline__ bool find_tile(const DistillArgs<T>& a, OwnTile& tile) {
+  const int64_t n = blockIdx.x / a.channel_blocks;
+  int64_t t;
+  if (a.tile_start == nullptr) {
+    const int64_t tiles = a.tile.count(a.images.height, a.images.width);
+    tile.image_index = n / tiles;
+    t = n % tiles;
+  } else {
+    // Where the grids are on the device, there are more blocks than tiles.
+    if (n >= a.tile_start[a.images.count]) return false;
+    tile.image_index = find_segment(a.tile_start, a.images.count, n);
+    t = n - a.tile_start[tile.image_index];
+  }
+  const ImageGrid image = tile.image = a.images[tile.image_index];
+  if (image.width == 0) return false;
+  const int tiles_x = (image.width + a.tile.width - 1) / a.tile.width;
+  tile.y = static_cast<int>(t / tiles_x) * a.tile.height;
+  tile.x = static_cast<int>(t % tiles_x) * a.tile.width;
+  tile.end_y = min(tile.y + a.tile.height, image.height);
+  tile.end_x = min(tile.x + a.tile.width, image.width);
+  tile.channel = static_cast<int64_t>(blockIdx.x % a.channel_blocks) * kItemChannels<T>;
+  return true;
 }
 
 // From the sums of a block of cells: its loss, and the factors of each cell's gradient.
@@ -276,39 +289,26 @@ template <typename T, DistillPass kPass>
 __global__ void __launch_bounds__(kDistillThreads<T>, 1) region_distill_by_tiles_kernel(DistillArgs<T> a) {
   static_assert(wants_grad(kPass));
   const DistillShared<T> shared(a.tile);
-  const int64_t n = blockIdx.x / a.channel_blocks;
-  const int64_t channel = static_cast<int64_t>(blockIdx.x % a.channel_blocks) * kItemChannels<T>;
-  int64_t b, t;
-  if (a.tile_start == nullptr) {
-    const int64_t tiles = a.tile.count(a.images.height, a.images.width);
-    b = n / tiles;
-    t = n % tiles;
-  } else {
-    // Where the grids are on the device, there are more blocks than tiles.
-    if (n >= a.tile_start[a.images.count]) return;
-    b = find_segment(a.tile_start, a.images.count, n);
-    t = n - a.tile_start[b];
+  {
+    OwnTile tile;
+    if (!find_tile(a, tile)) return;
+    if (threadIdx.x == 0) *shared.tile = tile;
   }
-  const ImageGrid image = a.images[b];
-  if (image.width == 0) return;
-  const int tiles_x = (image.width + a.tile.width - 1) / a.tile.width;
-  const int tile_y = static_cast<int>(t / tiles_x) * a.tile.height;
-  const int tile_x = static_cast<int>(t % tiles_x) * a.tile.width;
   for (int i = threadIdx.x; i < kWorkers<T> * shared.plane; i += blockDim.x) shared.grad[i] = make_float4(0, 0, 0, 0);
+  __syncthreads();
   if (threadIdx.x / 32 == kWorkers<T>) {
     DistillWalk<T, true> walk;
-    walk.start_tile(a, b, image, tile_y, tile_x, channel);
+    walk.start_tile(a, *shared.tile);
     plan_items(a, shared, walk);
   } else {
     CellSums sums;
     double loss;
     work_on_items<T, kPass>(a, shared, sums, loss);
   }
-  const int64_t first_token = a.images.sizes != nullptr ? image.first_token : b * image.height * image.width;
   if (a.grad_float)
-    write_tile<T, float>(a, shared, image, first_token, tile_y, tile_x, channel);
+    write_tile<T, float>(a, shared);
   else
-    write_tile<T, T>(a, shared, image, first_token, tile_y, tile_x, channel);
+    write_tile<T, T>(a, shared);
 }
 
 // A block a block of cells and some of its channels.

@@ -4,6 +4,8 @@
 // is, and transposed. The permutation also moves the columns of the weights; fragment_place() does that.
 #pragma once
 
+#include <type_traits>
+
 #include "region_distill_args.h"
 
 namespace granvit::cuda {
@@ -24,12 +26,12 @@ __device__ __forceinline__ void set_zero(Squares& x) {
 template <typename T>
 constexpr bool kSplit = sizeof(T) == 4;
 
+// Matrix `index` of an item.
 template <typename T>
 struct Weights {
   uint32_t big[2][4];
   uint32_t small[kSplit<T> ? 2 : 1][4];
 
-  // Matrix `index` of an item.
   __device__ __forceinline__ Weights(const float* weights, int index) {
     const auto* from = reinterpret_cast<const float4*>(weights) + index * kSquare / 4 + threadIdx.x % 32;
 #pragma unroll
@@ -45,69 +47,32 @@ struct Weights {
   }
 };
 
-// What a product takes besides weights. 16-bit tokens are exact in tf32. On the way to the cells float32 keeps all of
-// its bits, which takes a third number, so that a student equal to its teacher has a loss of exactly zero.
-enum class Operand { kTokens, kRows, kGradient };
-
-// out[c] += weights in[c]^T for every channel; only `halves_in` of the inner index and `halves_out` of the columns.
-template <typename T, Operand kOperand>
-__device__ __forceinline__ void multiply(Squares& out, const Weights<T>& weights, const Squares& in, int halves_in,
-                                         int halves_out) {
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    if (step >= halves_in) break;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (half >= halves_out) break;
-#pragma unroll
-      for (int c = 0; c < kWarpChannels; ++c) {
-        const float values[2] = {in[c][step][2 * half], in[c][step][2 * half + 1]};
-        uint32_t big[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          big[j] = !kSplit<T> && kOperand == Operand::kTokens ? tf32_bits(values[j]) : nearest_tf32(values[j]);
-        if constexpr (kSplit<T>) {
-          uint32_t small[2];
-          float rest[2];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            rest[j] = tf32_rest(values[j], big[j]);
-            small[j] = nearest_tf32(rest[j]);
-          }
-          if constexpr (kOperand != Operand::kGradient) {
-            const uint32_t last[2] = {tf32_bits(tf32_rest(rest[0], small[0])), tf32_bits(tf32_rest(rest[1], small[1]))};
-            mma_tf32(out[c][half], weights.big[step], last);
-          }
-          mma_tf32(out[c][half], weights.small[step], big);
-          mma_tf32(out[c][half], weights.big[step], small);
-        }
-        mma_tf32(out[c][half], weights.big[step], big);
-      }
-    }
-  }
-}
-
 // Where a 16-byte chunk of a token or cell lies in a stage: moved about so that the lanes of a read, which differ in
 // a / 2 and b, meet all banks.
 __device__ __forceinline__ int chunk_place(int a, int b, int chunk) {
   return ((a * kSide + b) * 4 + (chunk ^ (a / 2 % 4))) * 16;
 }
 
+// A warp's channels of a token or cell, as they lie in a stage.
 template <typename T>
-__device__ __forceinline__ void load_four(const T* from, float (&to)[4]) {
-  if constexpr (sizeof(T) == 4) {
-    const float4 x = *reinterpret_cast<const float4*>(from);
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-  } else {
-    const uint2 bits = *reinterpret_cast<const uint2*>(from);
-    typename Pair<T>::Type pairs[2];
-    memcpy(pairs, &bits, sizeof(bits));
+using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+
+__device__ __forceinline__ void widen_four(float4 from, float (&to)[4], float) {
+  to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+__device__ __forceinline__ void widen_four(uint2 from, float (&to)[4], __nv_bfloat16) {
+  // In one instruction each, which the conversion of a pair is not.
+  const uint32_t bits[4] = {from.x << 16, from.x & 0xffff0000u, from.y << 16, from.y & 0xffff0000u};
+  memcpy(to, bits, sizeof(bits));
+}
+__device__ __forceinline__ void widen_four(uint2 from, float (&to)[4], __half) {
+  __half2 pairs[2];
+  memcpy(pairs, &from, sizeof(from));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 x = Pair<T>::widen(pairs[i]);
-      to[2 * i] = x.x;
-      to[2 * i + 1] = x.y;
-    }
+  for (int i = 0; i < 2; ++i) {
+    const float2 x = __half22float2(pairs[i]);
+    to[2 * i] = x.x;
+    to[2 * i + 1] = x.y;
   }
 }
 
@@ -125,25 +90,108 @@ __device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
   }
 }
 
-// A warp's channels of one token or cell of a stage.
+// A lane's part of a stage's tokens or cells, placed as in Squares.
 template <typename T>
-__device__ __forceinline__ void load_place(const unsigned char* stage, int warp, int a, int b,
-                                           float (&four)[kWarpChannels]) {
+using RawSquares = Four<T>[2][4];
+
+template <typename T>
+__device__ __forceinline__ void load_squares(const unsigned char* stage, int warp, bool both_a, bool both_b,
+                                             RawSquares<T>& to) {
   constexpr int kBytes = kWarpChannels * sizeof(T);
-  load_four(reinterpret_cast<const T*>(stage + chunk_place(a, b, warp * kBytes / 16) + warp * kBytes % 16), four);
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  const unsigned char* from = stage + warp * kBytes % 16;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half > 0 && !both_a) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i > 1 && !both_b) break;
+      const int place = chunk_place(8 * half + 2 * member + i % 2, group + i / 2 * 8, warp * kBytes / 16);
+      to[half][i] = *reinterpret_cast<const Four<T>*>(from + place);
+    }
+  }
 }
 
-// The lane's places in a tile of the gradient that the item may write: those that it owns.
+// What a product takes besides weights. 16-bit tokens are exact in tf32. On the way to the cells float32 keeps all of
+// its bits, which takes a third number, so that a student equal to its teacher has a loss of exactly zero.
+enum class Operand { kTokens, kRows, kGradient };
+
+template <typename T, Operand kOperand>
+__device__ __forceinline__ void multiply_step(float (&out)[4], const Weights<T>& weights, int step,
+                                              const float (&values)[2]) {
+  uint32_t big[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+    big[j] = !kSplit<T> && kOperand == Operand::kTokens ? tf32_bits(values[j]) : nearest_tf32(values[j]);
+  if constexpr (kSplit<T>) {
+    uint32_t small[2];
+    float rest[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      rest[j] = tf32_rest(values[j], big[j]);
+      small[j] = nearest_tf32(rest[j]);
+    }
+    if constexpr (kOperand != Operand::kGradient) {
+      const uint32_t last[2] = {tf32_bits(tf32_rest(rest[0], small[0])), tf32_bits(tf32_rest(rest[1], small[1]))};
+      mma_tf32(out, weights.big[step], last);
+    }
+    mma_tf32(out, weights.small[step], big);
+    mma_tf32(out, weights.big[step], small);
+  }
+  mma_tf32(out, weights.big[step], big);
+}
+
+// out[c] += weights in[c]^T for every channel; the second half of the inner index and of the columns only where asked.
+template <typename T, Operand kOperand>
+__device__ __forceinline__ void multiply(Squares& out, const Weights<T>& weights, const Squares& in, bool both_in,
+                                         bool both_out) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    if (step > 0 && !both_in) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half > 0 && !both_out) break;
+#pragma unroll
+      for (int c = 0; c < kWarpChannels; ++c) {
+        const float values[2] = {in[c][step][2 * half], in[c][step][2 * half + 1]};
+        multiply_step<T, kOperand>(out[c][half], weights, step, values);
+      }
+    }
+  }
+}
+
+// The same for tokens as they come from a stage.
+template <typename T>
+__device__ __forceinline__ void multiply_tokens(Squares& out, const Weights<T>& weights, const RawSquares<T>& in,
+                                                bool both_in, bool both_out) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    if (step > 0 && !both_in) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half > 0 && !both_out) break;
+      float first[kWarpChannels], second[kWarpChannels];
+      widen_four(in[step][2 * half], first, T());
+      widen_four(in[step][2 * half + 1], second, T());
+#pragma unroll
+      for (int c = 0; c < kWarpChannels; ++c)
+        multiply_step<T, Operand::kTokens>(out[c][half], weights, step, {first[c], second[c]});
+    }
+  }
+}
+
+// The lane's places of a window that the item may write in its tile of the gradient.
 template <typename Body>
-__device__ __forceinline__ void for_each_owned(const Item& item, Body&& body) {
+__device__ __forceinline__ void for_each_owned(unsigned owned, bool both_y, bool both_x, Body&& body) {
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (half >= item.halves_y) break;
+    if (half > 0 && !both_y) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      if (i > 1 && !both_x) break;
       const int y = 8 * half + 2 * member + i % 2, x = group + i / 2 * 8;
-      if ((item.owned_y >> y & item.owned_x >> x & 1) != 0) body(half, i, item.tile_y + y, item.tile_x + x);
+      if (in_both(owned, y, x)) body(half, i, y, x);
     }
   }
 }

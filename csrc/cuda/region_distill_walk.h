@@ -53,7 +53,7 @@ class DistillWalk {
     image_ = a.images[image_index_];
     done_ = image_.width == 0;
     if (done_) return;
-    load_region(a, r);
+    load_region(a, sides_of(a, r), 0);
     const int y = static_cast<int>(block / blocks_x_), x = static_cast<int>(block % blocks_x_);
     chunk_y_ = y / kSide;
     chunk_x_ = x / kSide;
@@ -64,17 +64,16 @@ class DistillWalk {
     channel_end_ = min(channel + a.block_channels, a.channels);
   }
 
-  __device__ __forceinline__ void start_tile(const DistillArgs<T>& a, int64_t image_index, const ImageGrid& image,
-                                             int tile_y, int tile_x, int64_t channel) {
-    image_index_ = image_index;
-    image_ = image;
-    tile_y_ = tile_y;
-    tile_x_ = tile_x;
-    tile_end_y_ = min(tile_y + a.tile.height, image.height);
-    tile_end_x_ = min(tile_x + a.tile.width, image.width);
-    channel_ = channel;
-    position_ = a.region_start[image_index] - 32;
-    end_ = a.region_start[image_index + 1];
+  __device__ __forceinline__ void start_tile(const DistillArgs<T>& a, const OwnTile& tile) {
+    image_index_ = tile.image_index;
+    image_ = tile.image;
+    tile_y_ = tile.y;
+    tile_x_ = tile.x;
+    tile_end_y_ = tile.end_y;
+    tile_end_x_ = tile.end_x;
+    channel_ = tile.channel;
+    position_ = a.region_start[image_index_] - 32;
+    end_ = a.region_start[image_index_ + 1];
     share_sum_ = a.shares.relative ? sum_of_shares(a) : 1;
   }
 
@@ -103,25 +102,44 @@ class DistillWalk {
     return sum;
   }
 
-  __device__ __forceinline__ void load_region(const DistillArgs<T>& a, int64_t r) {
+  // What the lanes need of a region, worked out by one of them.
+  struct Sides {
+    int64_t region;
+    Axis y, x;
+  };
+  __device__ __forceinline__ Sides sides_of(const DistillArgs<T>& a, int64_t r) const {
     const Region region = a.regions[r];
     const auto out = a.outputs[r];
-    region_ = r;
-    axis_ = along_y() ? make_axis(region.y0, region.y1, out.height, image_.height, a.sampling_ratio)
-                      : make_axis(region.x0, region.x1, out.width, image_.width, a.sampling_ratio);
-    rows_ = out.height;
-    columns_ = out.width;
-    first_cell_ = out.first_cell;
+    return {r, make_axis(region.y0, region.y1, out.height, image_.height, a.sampling_ratio),
+            make_axis(region.x0, region.x1, out.width, image_.width, a.sampling_ratio)};
+  }
+
+  template <typename V>
+  static __device__ __forceinline__ V of_lane(V value, int source) {
+    return __shfl_sync(0xffffffffu, value, source);
+  }
+  static __device__ __forceinline__ Axis of_lane(const Axis& axis, int source) {
+    return {of_lane(axis.start, source), of_lane(axis.bin, source),     of_lane(axis.cells, source),
+            of_lane(axis.size, source),  of_lane(axis.samples, source), of_lane(axis.scale, source)};
+  }
+
+  __device__ __forceinline__ void load_region(const DistillArgs<T>& a, const Sides& sides, int source) {
+    region_ = of_lane(sides.region, source);
+    const Axis y = of_lane(sides.y, source), x = of_lane(sides.x, source);
+    axis_ = along_y() ? y : x;
+    rows_ = y.cells;
+    columns_ = x.cells;
     blocks_y_ = static_cast<int>(blocks_along(rows_));
     blocks_x_ = static_cast<int>(blocks_along(columns_));
-    work_ = a.work_start == nullptr ? r * blocks_y_ * blocks_x_ : a.work_start[r];
+    first_cell_ = a.outputs[region_].first_cell;
+    work_ = a.work_start == nullptr ? region_ * blocks_y_ * blocks_x_ : a.work_start[region_];
     if constexpr (kGrad) {
       double share = a.scale;
       if (a.shares.values != nullptr) {
         const double cells = static_cast<double>(rows_) * columns_;
-        share = share_sum_ > 0 ? a.shares[r] / share_sum_ / (cells * a.terms) : 0;
+        share = share_sum_ > 0 ? a.shares[region_] / share_sum_ / (cells * a.terms) : 0;
       }
-      factor_ = static_cast<float>(share);
+      factor_ = static_cast<float>(a.slope == nullptr ? 2 * share : share);
     }
   }
 
@@ -139,24 +157,22 @@ class DistillWalk {
     rest_x_ = chunk_bits_x_;
   }
 
-  // Whether any cell of region r may touch the tile; each lane asks for a region of its own.
-  __device__ __forceinline__ bool touches_tile(const DistillArgs<T>& a, int64_t r) const {
-    const Region region = a.regions[r];
-    const auto out = a.outputs[r];
-    const Axis y = make_axis(region.y0, region.y1, out.height, image_.height, a.sampling_ratio);
-    const Axis x = make_axis(region.x0, region.x1, out.width, image_.width, a.sampling_ratio);
-    const Lines rows = lines_of(y, 0, y.cells - 1), columns = lines_of(x, 0, x.cells - 1);
+  // Whether any cell of a region may touch the tile.
+  __device__ __forceinline__ bool touches_tile(const Sides& sides) const {
+    const Lines rows = lines_of(sides.y, 0, sides.y.cells - 1), columns = lines_of(sides.x, 0, sides.x.cells - 1);
     return rows.first < tile_end_y_ && rows.last >= tile_y_ && columns.first < tile_end_x_ && columns.last >= tile_x_;
   }
 
+  // 32 regions are looked at at a time, one by each lane.
   __device__ __forceinline__ bool next_region(const DistillArgs<T>& a) {
     while (readers_ == 0) {
       position_ += 32;
       if (position_ >= end_) return false;
       const int64_t mine = position_ + lane();
-      readers_ = __ballot_sync(0xffffffffu, mine < end_ && touches_tile(a, a.order[mine < end_ ? mine : end_ - 1]));
+      sides_ = sides_of(a, a.order[min(mine, end_ - 1)]);
+      readers_ = __ballot_sync(0xffffffffu, mine < end_ && touches_tile(sides_));
     }
-    load_region(a, a.order[position_ + lowest_bit(readers_)]);
+    load_region(a, sides_, lowest_bit(readers_));
     readers_ &= readers_ - 1;
     return true;
   }
@@ -228,7 +244,7 @@ class DistillWalk {
       if (w == 0 || line < origin || line >= origin + kSide) return;
       const float sum = matrix[fragment_place(row, line - origin)] + w;
       matrix[fragment_place(row, line - origin)] = sum;
-      transpose[fragment_place(line - origin, row)] = sum;
+      if (kGrad) transpose[fragment_place(line - origin, row)] = sum;
       used |= 1u << (line - origin);
     };
     for (int k = 0; cell < axis_.cells && k < axis_.samples; ++k) {
@@ -261,22 +277,18 @@ class DistillWalk {
              block_x_.first < tile_end_x_;
     }
     const bool pulls = step_ >= windows_ - 1 && owned_y != 0 && owned_x != 0;
+    const int whole = (used_y >> 8 != 0 ? kBothY : 0) | (used_x >> 8 != 0 ? kBothX : 0) | (rows > 8 ? kBothP : 0) |
+                      (columns > 8 ? kBothQ : 0);
     item->flags = (first ? kFirstWindow : 0) | (aligns ? kAlign : 0) | (compares ? kCompare : 0) |
-                  (pulls ? kPullBack : 0) | (compares && home ? kHome : 0) | kIsItem;
-    item->halves_y = used_y >> 8 != 0 ? 2 : 1;
-    item->halves_x = used_x >> 8 != 0 ? 2 : 1;
-    item->halves_p = rows > 8 ? 2 : 1;
-    item->halves_q = columns > 8 ? 2 : 1;
-    item->used_y = used_y;
-    item->used_x = used_x;
-    item->owned_y = owned_y;
-    item->owned_x = owned_x;
+                  (pulls ? kPullBack : 0) | (compares && home ? kHome : 0) | kIsItem | whole;
+    item->used = used_y | used_x << 16;
+    item->owned = owned_y | owned_x << 16;
+    item->factor = factor_;
     item->tile_y = y - tile_y_;
     item->tile_x = x - tile_x_;
     item->rows = rows;
     item->columns = columns;
     item->cell_width = columns_;
-    item->factor = factor_;
     item->line = image_.width * a.student.row_stride;
     item->token = a.student.image(image_, image_index_) - a.student.data +
                   (static_cast<int64_t>(y) * image_.width + x) * a.student.row_stride + channel_;
@@ -293,11 +305,12 @@ class DistillWalk {
   int64_t image_index_ = 0;
   int tile_y_ = 0, tile_x_ = 0, tile_end_y_ = 0, tile_end_x_ = 0;
   int64_t channel_ = 0, channel_end_ = 0;
-  int64_t position_ = 0, end_ = 0;  // in the plan's order: 32 regions that are looked at, and where the image's end
+  int64_t position_ = 0, end_ = 0;  // in the plan's order: the regions that are looked at, and where the image's end
   unsigned readers_ = 0;            // of those, the ones that touch the tile and are still to come
   double share_sum_ = 1;
   int64_t region_ = 0, first_cell_ = 0, work_ = 0;
-  Axis axis_{};  // the lane's own
+  Sides sides_{};  // of the region that the lane looked at
+  Axis axis_{};    // the lane's own
   int rows_ = 0, columns_ = 0, blocks_y_ = 0, blocks_x_ = 0;
   float factor_ = 0;
   int chunk_y_ = 0, chunk_x_ = 0;     // 16 x 16 blocks of cells that are looked at
