@@ -117,17 +117,17 @@ __device__ __forceinline__ uint32_t tf32_bits(float x) {
   memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
+__device__ __forceinline__ float tf32_value(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 // Like to_tf32, with the lowest 13 bits left for the matrix unit to cut off: one instruction less.
 __device__ __forceinline__ uint32_t nearest_tf32(float x) {
   const uint32_t bits = tf32_bits(x);
   return fabsf(x) < INFINITY ? bits + 0x1000u : bits;
 }
 // What nearest_tf32(x) leaves out of x.
-__device__ __forceinline__ float tf32_rest(float x, uint32_t nearest) {
-  const uint32_t bits = nearest & ~0x1fffu;
-  float kept;
-  memcpy(&kept, &bits, sizeof(kept));
-  return x - kept;
-}
+__device__ __forceinline__ float tf32_rest(float x, uint32_t nearest) { return x - tf32_value(nearest & ~0x1fffu); }
 
 }  // namespace granvit::cuda

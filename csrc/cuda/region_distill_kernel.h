@@ -9,41 +9,72 @@
 
 namespace granvit::cuda {
 
-// Brings an item's tokens and cells to a stage. A line that no cell reads is zero, whatever the tokens hold there.
+// Rows of a stage that all threads of a block copy at a time.
 template <typename T>
-__device__ __forceinline__ void copy_item(const DistillArgs<T>& a, const Item& item, unsigned char* stage) {
-  constexpr int kLines = kWorkers<T> * 32 / (4 * kSide);  // rows that all threads copy at a time
-  constexpr int kElements = 16 / sizeof(T);
-  const int chunk = threadIdx.x % 4, column = threadIdx.x / 4 % kSide, first = threadIdx.x / (4 * kSide);
-  const int64_t channel = chunk * kElements;
-  const int channels = static_cast<int>(min(static_cast<int64_t>(kElements), a.channels - item.channel - channel));
-  const auto copy = [&](unsigned char* to, const T* base, const T* from, bool keep) {
-    keep = keep && channels > 0;
-    if (a.wide) {
-      copy_async(to, keep ? from : base, keep);
+constexpr int kCopiedRows = kWorkers<T> * 32 / (4 * kSide);
+
+// Copies a thread's chunks of a window or a block of cells: one of every kCopiedRows rows. `from` is the first of them,
+// `kept` has a bit for each row, counted from that one; other rows become zero. `base` is an address that can be read.
+template <typename T>
+__device__ __forceinline__ void copy_rows(unsigned char* to, int first, int column, int chunk, const T* base,
+                                          const T* from, int64_t line, unsigned kept, bool both, int channels,
+                                          bool wide) {
+  constexpr int kRows = kCopiedRows<T>, kElements = 16 / sizeof(T);
+  const int place = chunk_place(first, column, chunk);
+#pragma unroll
+  for (int k = 0; k < kSide / kRows; ++k) {
+    if (k * kRows >= 8 && !both) break;
+    const bool keep = (kept >> (k * kRows) & 1) != 0 && channels > 0;
+    // chunk_place(first + k * kRows, column, chunk)
+    unsigned char* there = to + (place ^ kRows / 2 * k % 4 * 16) + k * kRows * kSide * kChannelBytes;
+    if (wide) {
+      copy_async(there, keep ? from : base, keep);
     } else {
 #pragma unroll
       for (int i = 0; i < kElements; ++i)
-        reinterpret_cast<T*>(to)[i] = keep && i < channels ? from[i] : narrow<T>(0.0f);
+        reinterpret_cast<T*>(there)[i] = keep && i < channels ? from[i] : narrow<T>(0.0f);
+    }
+    from += kRows * line;
+  }
+}
+
+// Brings an item's tokens and cells to a stage. A line that no cell reads is zero, whatever the tokens hold there.
+template <typename T>
+__device__ __forceinline__ void copy_item(const DistillArgs<T>& a, const Item& item, unsigned char* stage) {
+  constexpr int kElements = 16 / sizeof(T);
+  const int chunk = threadIdx.x % 4, column = threadIdx.x / 4 % kSide, first = threadIdx.x / (4 * kSide);
+  const int64_t channel = chunk * kElements, left = a.channels - item.channel - channel;
+  const int channels = left < kElements ? static_cast<int>(left) : kElements;
+  const int flags = item.flags;
+  const auto copy = [&](bool wide) {
+    if ((flags & kAlign) != 0 && (column < 8 || (flags & kBothX) != 0)) {
+      const unsigned used = item.used;
+      const T* from = a.student.data + item.token + channel + column * a.student.row_stride + first * item.line;
+      copy_rows(stage, first, column, chunk, a.student.data, from, item.line,
+                (used >> (16 + column) & 1) != 0 ? (used & 0xffffu) >> first : 0, (flags & kBothY) != 0, channels,
+                wide);
+    }
+    if ((flags & kCompare) != 0 && (column < 8 || (flags & kBothQ) != 0)) {
+      const int64_t line = item.cell_width * a.teacher_row_stride;
+      const T* from = a.teacher + item.cell + channel + column * a.teacher_row_stride + first * line;
+      copy_rows(stage + kStageBytes / 2, first, column, chunk, a.teacher, from, line,
+                column < item.columns ? ((1u << item.rows) - 1) >> first : 0, (flags & kBothP) != 0, channels, wide);
     }
   };
-  if ((item.flags & kAlign) != 0 && column < ((item.flags & kBothX) != 0 ? 16 : 8)) {
-    const T* from = a.student.data + item.token + column * a.student.row_stride + channel;
-    for (int row = first; row < ((item.flags & kBothY) != 0 ? 16 : 8); row += kLines)
-      copy(stage + chunk_place(row, column, chunk), a.student.data, from + row * item.line,
-           in_both(item.used, row, column));
-  }
-  if ((item.flags & kCompare) != 0 && column < ((item.flags & kBothQ) != 0 ? 16 : 8)) {
-    const T* from = a.teacher + item.cell + column * a.teacher_row_stride + channel;
-    const int64_t line = item.cell_width * a.teacher_row_stride;
-    for (int row = first; row < ((item.flags & kBothP) != 0 ? 16 : 8); row += kLines)
-      copy(stage + kStageBytes / 2 + chunk_place(row, column, chunk), a.teacher, from + row * line,
-           row < item.rows && column < item.columns);
-  }
+  if (a.wide)
+    copy(true);
+  else
+    copy(false);
 }
 
 // For each of a lane's cells, over its channels: student . teacher, student . student, teacher . teacher.
 using CellSums = float[2][4][3];
+
+// A number of the cells' gradient as its product takes it.
+template <typename T>
+__device__ __forceinline__ float gradient_operand(float x) {
+  return kSplit<T> ? x : tf32_value(nearest_tf32(x));
+}
 
 // cells: in: the student's, aligned; out: the loss's gradient of them. Returns the sum of squared differences.
 template <typename T, DistillPass kPass>
@@ -74,11 +105,11 @@ __device__ __forceinline__ float compare(const DistillArgs<T>& a, const Item& it
           sums[half][i][1] += s * s;
           sums[half][i][2] += t * t;
         } else if constexpr (kPass == DistillPass::kCosineGrad) {
-          s = (slope.x * s + slope.y * t) * item.factor;
+          s = gradient_operand<T>((slope.x * s + slope.y * t) * item.factor);
         } else {
           const float difference = s - t;
           squares[c] += difference * difference;
-          if constexpr (wants_grad(kPass)) s = difference * item.factor;
+          if constexpr (wants_grad(kPass)) s = gradient_operand<T>(difference * item.factor);
         }
       }
     }
@@ -98,7 +129,6 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
   float loss = 0;
   RawSquares<T> teacher;
   if ((flags & kCompare) != 0) load_squares<T>(stage + kStageBytes / 2, warp, both_p, both_q, teacher);
-  if ((flags & kFirstWindow) != 0) set_zero(cells);
   if ((flags & kAlign) != 0) {
     RawSquares<T> raw;
     load_squares<T>(stage, warp, both_y, both_x, raw);
@@ -107,7 +137,12 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
     Squares rows;
     set_zero(rows);
     multiply_tokens<T>(rows, weights_y, raw, both_y, both_x);
-    multiply<T, Operand::kRows>(cells, weights_x, rows, both_x, both_p);
+    if ((flags & kFirstWindow) != 0) {
+      set_zero(cells);
+      multiply<T, Operand::kRows>(cells, weights_x, rows, both_x, both_p);
+    } else {
+      multiply<T, Operand::kRows>(cells, weights_x, rows, both_x, both_p);
+    }
   }
   if ((flags & kCompare) != 0) loss = compare<T, kPass>(a, item, flags, teacher, cells, sums);
   if constexpr (wants_grad(kPass)) {
@@ -116,19 +151,18 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
       float4* corner = shared.grad + warp * shared.plane + item.tile_y * shared.pitch + item.tile_x;
       const Weights<T> weights_y(weights, 2);
       const Weights<T> weights_x(weights, 3);
+      float4 before[2][4];
+      for_each_owned(owned, both_y, both_x,
+                     [&](int half, int i, int y, int x) { before[half][i] = corner[y * shared.pitch + x]; });
       Squares rows, grad;
-      set_zero(grad);
-      for_each_owned(owned, both_y, both_x, [&](int half, int i, int y, int x) {
-        const float4 before = corner[y * shared.pitch + x];
-        grad[0][half][i] = before.x, grad[1][half][i] = before.y;
-        grad[2][half][i] = before.z, grad[3][half][i] = before.w;
-      });
       set_zero(rows);
-      multiply<T, Operand::kGradient>(rows, weights_y, cells, both_p, both_q);
+      multiply<T, Operand::kCells>(rows, weights_y, cells, both_p, both_q);
+      set_zero(grad);
       multiply<T, Operand::kGradient>(grad, weights_x, rows, both_q, both_y);
       for_each_owned(owned, both_y, both_x, [&](int half, int i, int y, int x) {
-        corner[y * shared.pitch + x] =
-            make_float4(grad[0][half][i], grad[1][half][i], grad[2][half][i], grad[3][half][i]);
+        const float4 sum = before[half][i];
+        corner[y * shared.pitch + x] = make_float4(sum.x + grad[0][half][i], sum.y + grad[1][half][i],
+                                                   sum.z + grad[2][half][i], sum.w + grad[3][half][i]);
       });
     }
   }

@@ -112,17 +112,18 @@ __device__ __forceinline__ void load_squares(const unsigned char* stage, int war
   }
 }
 
-// What a product takes besides weights. 16-bit tokens are exact in tf32. On the way to the cells float32 keeps all of
-// its bits, which takes a third number, so that a student equal to its teacher has a loss of exactly zero.
-enum class Operand { kTokens, kRows, kGradient };
+// What a product takes besides weights. 16-bit tokens are exact in tf32, and the gradient of cells was rounded to it.
+// On the way to the cells float32 keeps all of its bits, which takes a third number, so that a student equal to its
+// teacher has a loss of exactly zero.
+enum class Operand { kTokens, kRows, kCells, kGradient };
 
 template <typename T, Operand kOperand>
 __device__ __forceinline__ void multiply_step(float (&out)[4], const Weights<T>& weights, int step,
                                               const float (&values)[2]) {
+  constexpr bool kExact = kOperand == Operand::kTokens || kOperand == Operand::kCells;
   uint32_t big[2];
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
-    big[j] = !kSplit<T> && kOperand == Operand::kTokens ? tf32_bits(values[j]) : nearest_tf32(values[j]);
+  for (int j = 0; j < 2; ++j) big[j] = !kSplit<T> && kExact ? tf32_bits(values[j]) : nearest_tf32(values[j]);
   if constexpr (kSplit<T>) {
     uint32_t small[2];
     float rest[2];
@@ -131,7 +132,7 @@ __device__ __forceinline__ void multiply_step(float (&out)[4], const Weights<T>&
       rest[j] = tf32_rest(values[j], big[j]);
       small[j] = nearest_tf32(rest[j]);
     }
-    if constexpr (kOperand != Operand::kGradient) {
+    if constexpr (kOperand == Operand::kTokens || kOperand == Operand::kRows) {
       const uint32_t last[2] = {tf32_bits(tf32_rest(rest[0], small[0])), tf32_bits(tf32_rest(rest[1], small[1]))};
       mma_tf32(out, weights.big[step], last);
     }

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = {name for name in info.op_names() if (ROOT / f"csrc/cuda/{name}.cu").exists()}
 ARCHITECTURES = ("sm_80", "sm_90a")
 REGISTERS_A_THREAD = 168  # with more, a block of 384 threads does not fit a multiprocessor
+SMALL_BLOCKS = re.compile("region_distill_by_(tiles|cells)_kernelIf")  # 160 threads, which may have all there are
 
 
 def cuda_tool(name: str) -> str:
@@ -80,14 +81,14 @@ def test_ops_register_for_cuda(library: Path) -> None:
         "granvit.EXTENSION.cuda or torch.ops.load_library(sys.argv[1]); "
         "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
         "print(*(n for n in sys.argv[2:] if has('granvit::' + n, 'CUDA'))); "
-        "print(_dispatch._has_kernel('roi_align', 'CUDA'), _dispatch._has_kernel('region_attention', 'CUDA'))"
+        "print(*(_dispatch._has_kernel(op, 'CUDA') for op in ('roi_align', 'region_distill', 'region_attention')))"
     )
-    names = sorted(CUDA_OPS | {"roi_align_backward"})
+    names = sorted(CUDA_OPS | {"region_distill_backward", "roi_align_backward"})
     run = subprocess.run([sys.executable, "-c", code, str(library), *names], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     registered, complete = run.stdout.splitlines()
     assert registered.split() == names
-    assert complete == "True False", "region_attention has no CUDA backward yet, so it is not to be chosen"
+    assert complete == "True True False", "region_attention has no CUDA backward yet, so it is not to be chosen"
 
 
 def test_no_kernel_spills(library: Path) -> None:
@@ -98,6 +99,6 @@ def test_no_kernel_spills(library: Path) -> None:
     for name, resources in kernels:
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
         assert numbers["STACK"] == numbers["LOCAL"] == 0, f"{name} keeps {numbers} bytes in local memory"
-        assert numbers["REG"] <= REGISTERS_A_THREAD, f"{name}: {numbers}"
+        assert numbers["REG"] <= (255 if SMALL_BLOCKS.search(name) else REGISTERS_A_THREAD), f"{name}: {numbers}"
         # sm_90 keeps 1 KiB for itself; more would be static, which the emulation cannot poison.
         assert numbers["SHARED"] <= 1024, f"{name}: {numbers}"
