@@ -117,16 +117,20 @@ __device__ __forceinline__ float compare(const DistillArgs<T>& a, const Item& it
   return (squares[0] + squares[1]) + (squares[2] + squares[3]);
 }
 
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
 // A warp's part of an item. `cells` lives on while the windows of a block of cells come one after another. What is read
 // from shared memory is asked for well before it is needed.
 template <typename T, DistillPass kPass>
-__device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& item, const unsigned char* stage,
-                                         const float* weights, const DistillShared<T>& shared, int warp, Squares& cells,
-                                         CellSums& sums) {
+__device__ __forceinline__ void work_on(const DistillArgs<T>& a, const Item& item, const unsigned char* stage,
+                                        const float* weights, const DistillShared<T>& shared, int warp, Squares& cells,
+                                        CellSums& sums, double& loss) {
   const int flags = item.flags;
   const bool both_y = (flags & kBothY) != 0, both_x = (flags & kBothX) != 0, both_p = (flags & kBothP) != 0,
              both_q = (flags & kBothQ) != 0;
-  float loss = 0;
   RawSquares<T> teacher;
   if ((flags & kCompare) != 0) load_squares<T>(stage + kStageBytes / 2, warp, both_p, both_q, teacher);
   if ((flags & kAlign) != 0) {
@@ -144,7 +148,17 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
       multiply<T, Operand::kRows>(cells, weights_x, rows, both_x, both_p);
     }
   }
-  if ((flags & kCompare) != 0) loss = compare<T, kPass>(a, item, flags, teacher, cells, sums);
+  if ((flags & kCompare) != 0) {
+    const float squares = compare<T, kPass>(a, item, flags, teacher, cells, sums);
+    if constexpr (kPass == DistillPass::kSquares) {
+      loss += squares;
+    } else if constexpr (kPass == DistillPass::kSquaresAndGrad) {
+      if (a.partial != nullptr && (flags & kHome) != 0) {
+        const double total = warp_sum(squares);
+        if (threadIdx.x % 32 == 0) a.partial[item.work * a.parts + item.channel / kWarpChannels + warp] = total;
+      }
+    }
+  }
   if constexpr (wants_grad(kPass)) {
     if ((flags & kPullBack) != 0) {
       const unsigned owned = item.owned;
@@ -166,12 +180,6 @@ __device__ __forceinline__ float work_on(const DistillArgs<T>& a, const Item& it
       });
     }
   }
-  return loss;
-}
-
-__device__ __forceinline__ double warp_sum(double x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
 }
 
 // Writes the tile's tokens, all their channels that the block has.
@@ -290,31 +298,20 @@ __device__ __forceinline__ int plan_items(const DistillArgs<T>& a, const Distill
 template <typename T, DistillPass kPass>
 __device__ __forceinline__ int work_on_items(const DistillArgs<T>& a, const DistillShared<T>& shared, CellSums& sums,
                                              double& loss) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   Squares cells;
   set_zero(cells);
-  block_barrier();
-  if (shared.items[0].flags != 0) copy_item(a, shared.items[0], stage_of(shared, 0));
-  commit_copies();
-  for (int i = 0;; ++i) {
+  for (int i = -1;; ++i) {
     wait_for_copies<0>();
     block_barrier();
-    const Item& item = shared.items[i % kItems];
-    if (item.flags == 0) return i;
+    if (i >= 0 && shared.items[i % kItems].flags == 0) return i;
     const Item& next = shared.items[(i + 1) % kItems];
     if (next.flags != 0) copy_item(a, next, stage_of(shared, i + 1));
     commit_copies();
+    if (i < 0) continue;
+    const Item& item = shared.items[i % kItems];
     if (item.channel + warp * kWarpChannels >= a.channels) continue;
-    const float squares =
-        work_on<T, kPass>(a, item, stage_of(shared, i), weights_of(shared, i), shared, warp, cells, sums);
-    if constexpr (kPass == DistillPass::kSquares) {
-      loss += squares;
-    } else if constexpr (kPass == DistillPass::kSquaresAndGrad) {
-      if (a.partial != nullptr && (item.flags & kHome) != 0) {
-        const double total = warp_sum(squares);
-        if (lane == 0) a.partial[item.work * a.parts + item.channel / kWarpChannels + warp] = total;
-      }
-    }
+    work_on<T, kPass>(a, item, stage_of(shared, i), weights_of(shared, i), shared, warp, cells, sums, loss);
   }
 }
 

@@ -13,7 +13,7 @@ struct Lines {
 };
 
 __device__ __forceinline__ int edge_line(const Axis& axis, int p, int k) {
-  const double t = axis.start - 0.5 + axis.bin * (p + (k + 0.5) / axis.samples);
+  const double t = axis.start - 0.5 + axis.bin * (p + axis.fraction(k));
   return t < 0 ? 0 : axis.size - 1;
 }
 
@@ -216,8 +216,13 @@ class DistillWalk {
   }
 
   __device__ __forceinline__ int window() const { return step_ < windows_ ? step_ : step_ - windows_; }
-  __device__ __forceinline__ int window_y() const { return block_y_.first + window() / windows_x_ * kSide; }
-  __device__ __forceinline__ int window_x() const { return block_x_.first + window() % windows_x_ * kSide; }
+  // Most blocks have one window, and a division takes long.
+  __device__ __forceinline__ int window_y() const {
+    return windows_ == 1 ? block_y_.first : block_y_.first + window() / windows_x_ * kSide;
+  }
+  __device__ __forceinline__ int window_x() const {
+    return windows_ == 1 ? block_x_.first : block_x_.first + window() % windows_x_ * kSide;
+  }
   __device__ __forceinline__ bool window_touches_tile() const {
     const int y = window_y(), x = window_x();
     return y < tile_end_y_ && y + kSide > tile_y_ && x < tile_end_x_ && x + kSide > tile_x_;
