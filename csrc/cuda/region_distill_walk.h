@@ -83,7 +83,6 @@ class DistillWalk {
       next_cell_block(a);
       if (!done_) start_block();
     }
-    __syncwarp();  // the item before this one in the same place was read by all lanes
     if (done_) {
       if (lane() == 0) item->flags = 0;
       return;
