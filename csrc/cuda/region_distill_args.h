@@ -105,6 +105,7 @@ enum ItemFlags : int {
   kBothX = 128,
   kBothP = 256,
   kBothQ = 512,
+  kAligned = 1024,  // rows of student and teacher can be read 16 bytes at a time
 };
 
 struct alignas(16) Item {
@@ -135,9 +136,6 @@ struct alignas(16) OwnTile {
   int end_y;
   int end_x;
 };
-
-// Bit (y, x) of two sets of 16 bits.
-__device__ __forceinline__ bool in_both(unsigned bits, int y, int x) { return (bits >> y & bits >> (x + 16) & 1) != 0; }
 
 // A weight's place in shared memory: each lane's four of a product's step side by side. The inner index of the product
 // is permuted, 2 member + j standing where mma_tf32 has member + 4 j, and then a result is the next product's operand

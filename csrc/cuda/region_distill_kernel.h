@@ -62,7 +62,7 @@ __device__ __forceinline__ void copy_item(const DistillArgs<T>& a, const Item& i
                 column < item.columns ? ((1u << item.rows) - 1) >> first : 0, (flags & kBothP) != 0, channels, wide);
     }
   };
-  if (a.wide)
+  if ((flags & kAligned) != 0)
     copy(true);
   else
     copy(false);
@@ -157,23 +157,39 @@ __device__ __forceinline__ void work_on(const DistillArgs<T>& a, const Item& ite
   }
   if constexpr (wants_grad(kPass)) {
     if ((flags & kPullBack) != 0) {
-      const unsigned owned = item.owned;
-      float4* corner = shared.grad + warp * shared.plane + item.tile_y * shared.pitch + item.tile_x;
-      const Weights<T> weights_y(weights, 2);
-      const Weights<T> weights_x(weights, 3);
-      float4 before[2][4];
-      for_each_owned(owned, both_y, both_x,
-                     [&](int half, int i, int y, int x) { before[half][i] = corner[y * shared.pitch + x]; });
-      Squares rows, grad;
+      const unsigned owned = lane_places(item.owned);
+      const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+      float4* plane =
+          shared.grad + warp * shared.plane + (item.tile_y + 2 * member) * shared.pitch + item.tile_x + group;
+      const Weights<T> weights_y(weights, 2), weights_x(weights, 3);
+      // Calls body(i, place) for the lane's tokens in one half of the window's rows that are in the tile.
+      const auto for_each_owned = [&](int half, auto&& body) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i > 1 && !both_x) break;
+          if ((owned >> (8 * half + i) & 1) != 0) body(i, plane + (8 * half + i % 2) * shared.pitch + i / 2 * 8);
+        }
+      };
+      const auto read = [&](int half, float4(&to)[4]) {
+        for_each_owned(half, [&](int i, const float4* place) { to[i] = *place; });
+      };
+      float4 first[4], second[4];
+      read(0, first);
+      Squares rows;
       set_zero(rows);
       multiply<T, Operand::kCells>(rows, weights_y, cells, both_p, both_q);
-      set_zero(grad);
-      multiply<T, Operand::kGradient>(grad, weights_x, rows, both_q, both_y);
-      for_each_owned(owned, both_y, both_x, [&](int half, int i, int y, int x) {
-        const float4 sum = before[half][i];
-        corner[y * shared.pitch + x] = make_float4(sum.x + grad[0][half][i], sum.y + grad[1][half][i],
-                                                   sum.z + grad[2][half][i], sum.w + grad[3][half][i]);
-      });
+      // By halves, because both would not fit the registers.
+      const auto add = [&](int half, const float4(&before)[4]) {
+        float sum[kWarpChannels][4];
+        multiply_half<T, Operand::kGradient>(sum, weights_x, rows, half, both_q);
+        for_each_owned(half, [&](int i, float4* place) {
+          *place = make_float4(before[i].x + sum[0][i], before[i].y + sum[1][i], before[i].z + sum[2][i],
+                               before[i].w + sum[3][i]);
+        });
+      };
+      if (both_y) read(1, second);
+      add(0, first);
+      if (both_y) add(1, second);
     }
   }
 }

@@ -181,20 +181,25 @@ __device__ __forceinline__ void multiply_tokens(Squares& out, const Weights<T>& 
   }
 }
 
-// The lane's places of a window that the item may write in its tile of the gradient.
-template <typename Body>
-__device__ __forceinline__ void for_each_owned(unsigned owned, bool both_y, bool both_x, Body&& body) {
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+// One half of what multiply() makes: sum[c] = that half of weights in[c]^T.
+template <typename T, Operand kOperand>
+__device__ __forceinline__ void multiply_half(float (&sum)[kWarpChannels][4], const Weights<T>& weights,
+                                              const Squares& in, int half, bool both_in) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (half > 0 && !both_y) break;
+  for (int i = 0; i < 4 * kWarpChannels; ++i) sum[i / 4][i % 4] = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i > 1 && !both_x) break;
-      const int y = 8 * half + 2 * member + i % 2, x = group + i / 2 * 8;
-      if (in_both(owned, y, x)) body(half, i, y, x);
-    }
+  for (int step = 0; step < 2; ++step) {
+    if (step > 0 && !both_in) break;
+#pragma unroll
+    for (int c = 0; c < kWarpChannels; ++c)
+      multiply_step<T, kOperand>(sum[c], weights, step, {in[c][step][2 * half], in[c][step][2 * half + 1]});
   }
+}
+
+// Which of the lane's places in a window, named as in Squares, are in a set of rows and columns: bit 8 half + i.
+__device__ __forceinline__ unsigned lane_places(unsigned bits) {
+  const unsigned y = bits >> 2 * (threadIdx.x % 4), x = bits >> (16 + threadIdx.x % 32 / 4);
+  return (y & 0x303u) * ((x & 1) + (x >> 6 & 4));
 }
 
 }  // namespace granvit::cuda

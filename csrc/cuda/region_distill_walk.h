@@ -284,7 +284,7 @@ class DistillWalk {
     const int whole = (used_y >> 8 != 0 ? kBothY : 0) | (used_x >> 8 != 0 ? kBothX : 0) | (rows > 8 ? kBothP : 0) |
                       (columns > 8 ? kBothQ : 0);
     item->flags = (first ? kFirstWindow : 0) | (aligns ? kAlign : 0) | (compares ? kCompare : 0) |
-                  (pulls ? kPullBack : 0) | (compares && home ? kHome : 0) | kIsItem | whole;
+                  (pulls ? kPullBack : 0) | (compares && home ? kHome : 0) | kIsItem | whole | (a.wide ? kAligned : 0);
     item->used = used_y | used_x << 16;
     item->owned = owned_y | owned_x << 16;
     item->factor = factor_;
