@@ -27,16 +27,23 @@ struct SampleTaps {
   T weight_high;
 };
 
-// Sample k of `samples` in output cell p. `start` is the box edge in grid units, `bin` the cell's length in grid units.
+// The sample at `fraction` of output cell p. `start` is the box edge in grid units, `bin` the cell's length in grid
+// units.
 template <typename T>
-GRANVIT_HD SampleTaps<T> sample_taps(T start, T bin, int p, int k, int samples, int size) {
-  const T t = start - T(0.5) + bin * (static_cast<T>(p) + (static_cast<T>(k) + T(0.5)) / static_cast<T>(samples));
+GRANVIT_HD SampleTaps<T> sample_taps_at(T start, T bin, int p, T fraction, int size) {
+  const T t = start - T(0.5) + bin * (static_cast<T>(p) + fraction);
   if (!(t >= T(-1) && t <= static_cast<T>(size))) return {0, 0, T(0), T(0)};
   if (t <= T(0)) return {0, 0, T(1), T(0)};
   const int low = static_cast<int>(t);
   if (low >= size - 1) return {size - 1, size - 1, T(1), T(0)};
-  const T fraction = t - static_cast<T>(low);
-  return {low, low + 1, T(1) - fraction, fraction};
+  const T fraction_of_line = t - static_cast<T>(low);
+  return {low, low + 1, T(1) - fraction_of_line, fraction_of_line};
+}
+
+// Sample k of `samples` in output cell p.
+template <typename T>
+GRANVIT_HD SampleTaps<T> sample_taps(T start, T bin, int p, int k, int samples, int size) {
+  return sample_taps_at(start, bin, p, (static_cast<T>(k) + T(0.5)) / static_cast<T>(samples), size);
 }
 
 // Length of [start, end] inside the unit cell [j, j + 1].

@@ -6,7 +6,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace granvit::cuda {
 
@@ -92,6 +94,9 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// __syncthreads, which warps of different roles may reach at different places of the program.
+__device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
+
 #else
 
 inline uint32_t to_tf32(float x) {
@@ -123,7 +128,26 @@ template <int kPending>
 void wait_for_copies() {
   emulation::wait_for_copies(kPending);
 }
+inline void block_barrier() { emulation::barrier("block_barrier"); }
 
 #endif
+
+__device__ __forceinline__ uint32_t tf32_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+__device__ __forceinline__ float tf32_value(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+// Like to_tf32, with the lowest 13 bits left for the matrix unit to cut off: one instruction less.
+__device__ __forceinline__ uint32_t nearest_tf32(float x) {
+  const uint32_t bits = tf32_bits(x);
+  return fabsf(x) < INFINITY ? bits + 0x1000u : bits;
+}
+// What nearest_tf32(x) leaves out of x.
+__device__ __forceinline__ float tf32_rest(float x, uint32_t nearest) { return x - tf32_value(nearest & ~0x1fffu); }
 
 }  // namespace granvit::cuda

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "outputs.h"
 #include "plan.h"
 #include "sampling.h"
 #include "vec.h"
@@ -27,24 +28,6 @@ inline BlockShape block_shape(int64_t vectors) {
   const int rows = std::min(kMaxRows, (kLanes + lanes - 1) / lanes);
   return {lanes, rows, blocks, (lanes * rows + 31) / 32 * 32};
 }
-
-// The output grids of all regions.
-struct Outputs {
-  const int64_t* sizes;       // (R, 2), or null where all are height x width
-  const int64_t* cell_start;  // from the plan, where `sizes` is not null
-  int height;
-  int width;
-
-  struct Grid {
-    int height;
-    int width;
-    int64_t first_cell;
-  };
-  __device__ __forceinline__ Grid operator[](int64_t r) const {
-    if (sizes == nullptr) return {height, width, r * height * width};
-    return {static_cast<int>(sizes[2 * r]), static_cast<int>(sizes[2 * r + 1]), cell_start[r]};
-  }
-};
 
 // The forward's work items: groups of `rows` output rows.
 struct CountRowGroups {

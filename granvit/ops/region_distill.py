@@ -34,8 +34,8 @@ def region_distill_loss(
     GranViT's self-distillation (arXiv 2510.21501): the teacher saw the crop of each box, the student saw the whole
     image, and ``L = mean((teacher - roi_align(student))^2)``. With ``loss="cosine"`` it is ``1 - cosine`` per cell,
     averaged, as in CLIPSelf (arXiv 2310.01403). The aligned map is never written to memory; with ``reduction="mean"``
-    the student's gradient is made in the same pass as the loss (cosine on the CPU reads the teacher twice: the norms of
-    a cell are known only after all its channels).
+    the student's gradient is made in the same pass as the loss (cosine reads the teacher twice: the norms of a cell are
+    known only after all its channels).
 
     Args:
         student: tokens of the whole images, dense ``(B, H*W, C)`` or packed ``(T, C)``; float32, bfloat16, float16 or

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = {name for name in info.op_names() if (ROOT / f"csrc/cuda/{name}.cu").exists()}
 ARCHITECTURES = ("sm_80", "sm_90a")
 REGISTERS_A_THREAD = 168  # with more, a block of 384 threads does not fit a multiprocessor
+SMALL_BLOCKS = re.compile("region_distill_by_(tiles|cells)_kernelIf")  # 160 threads, which may have all there are
 
 
 def cuda_tool(name: str) -> str:
@@ -98,6 +99,6 @@ def test_no_kernel_spills(library: Path) -> None:
     for name, resources in kernels:
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
         assert numbers["STACK"] == numbers["LOCAL"] == 0, f"{name} keeps {numbers} bytes in local memory"
-        assert numbers["REG"] <= REGISTERS_A_THREAD, f"{name}: {numbers}"
+        assert numbers["REG"] <= (255 if SMALL_BLOCKS.search(name) else REGISTERS_A_THREAD), f"{name}: {numbers}"
         # sm_90 keeps 1 KiB for itself; more would be static, which the emulation cannot poison.
         assert numbers["SHARED"] <= 1024, f"{name}: {numbers}"

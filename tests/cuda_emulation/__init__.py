@@ -92,14 +92,14 @@ def load() -> Any:
 
 
 @contextlib.contextmanager
-def switched(name: str) -> Iterator[None]:
+def switched(name: str, value: int = 1) -> Iterator[None]:
     """Turns one of the emulation's switches on; see emulation.cpp."""
     switch = ctypes.c_int.in_dll(_library(), f"emulation_{name}")
-    switch.value = 1
+    before, switch.value = switch.value, value
     try:
         yield
     finally:
-        switch.value = 0
+        switch.value = before
 
 
 def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:

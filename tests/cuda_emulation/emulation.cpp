@@ -18,6 +18,8 @@
 extern "C" {
 __attribute__((visibility("default"))) int emulation_reverse_order = 0;
 __attribute__((visibility("default"))) int emulation_integers_on_device = 0;
+// What a block may ask for; at first that of sm_90.
+__attribute__((visibility("default"))) int emulation_shared_bytes = 227 << 10;
 }
 
 emulation::Dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -27,8 +29,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kCopyBytes = 16;              // of one asynchronous copy
-constexpr size_t kMaxSharedBytes = 227 << 10;  // what a block may ask for on sm_90
+constexpr size_t kCopyBytes = 16;  // of one asynchronous copy
 
 enum class State { kReady, kBarrier, kWarp, kDone };
 
@@ -314,7 +315,7 @@ const char* launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::functi
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const bool valid = threads >= 1 && threads <= kMaxThreads && blocks >= 1 && grid.x <= 0x7fffffffu &&
-                     grid.y <= 65535 && grid.z <= 65535 && shared_bytes <= kMaxSharedBytes;
+                     grid.y <= 65535 && grid.z <= 65535 && shared_bytes <= static_cast<size_t>(emulation_shared_bytes);
   if (!valid) return "CUDA emulation: invalid configuration argument";
   if (fibers.size() < threads) fibers.resize(threads);  // fibers are between blocks: nothing points into them
   body = &thread;

@@ -58,9 +58,10 @@ def stock_loss(
     loss: str,
     reduction: str,
     weight: Tensor | None,
+    sampling_ratio: int = 2,
 ) -> Tensor:
     """What people write today: torchvision's map, then a loss of torch.nn.functional, in the tokens' dtype."""
-    aligned = stock_roi_align(student, case, size)
+    aligned = stock_roi_align(student, case, size, sampling_ratio)
     if loss == "mse":
         per_region = F.mse_loss(aligned, teacher, reduction="none").mean((1, 2))
     else:

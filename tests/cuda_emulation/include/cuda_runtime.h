@@ -15,7 +15,7 @@
 #include "emulation.h"
 
 #define GRANVIT_EMULATION
-extern "C" int emulation_integers_on_device;
+extern "C" int emulation_integers_on_device, emulation_shared_bytes;
 
 #undef STABLE_TORCH_LIBRARY_IMPL
 #undef STABLE_TORCH_LIBRARY_FRAGMENT
@@ -145,6 +145,15 @@ inline const char* last_error = "no error";
 inline const char* cudaGetErrorString(cudaError_t) { return emulation::last_error; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = 0;
+  return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation_shared_bytes;
   return cudaSuccess;
 }
 template <typename Kernel>
