@@ -42,9 +42,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """_cuda.so for the default architectures, from setup.py's own build: the installed one where it is up to date."""
     installed = ROOT / "granvit/_cuda.so"
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    if EXTENSION.cuda and all(arch in str(EXTENSION.report["cuda"]["targets"]) for arch in ARCHITECTURES):
-        if installed.stat().st_mtime > max(path.stat().st_mtime for path in sources):
-            return installed
+    complete = EXTENSION.cuda and all(arch in str(EXTENSION.report["cuda"]["targets"]) for arch in ARCHITECTURES)
+    if complete and installed.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return installed
     cuda_tool("nvcc")
     if torch.version.cuda is None:
         pytest.skip("this torch was built without CUDA")
