@@ -166,8 +166,9 @@ class TaskSampler:
 
     A region is drawn by the weight of its kind and size, at most :attr:`regions` of an image and each once, and asked
     about by one task. The global caption, of which an image has only one, is asked as often as its weight demands
-    beside that many regions, and at most once. So ``{"global_caption": 1, "bbox_to_caption": 4}`` asks for it once in
-    four regions: always in an image with four or more, and in every fourth image with one.
+    beside the regions that are asked about, and always where there are none. So ``{"global_caption": 1,
+    "bbox_to_caption": 4}`` asks for it once in four regions: always in an image with four or more, and in every fourth
+    image with one.
 
     Attributes:
         weights: how often each task is asked, relative to the others; what is not named is not asked.
@@ -208,9 +209,9 @@ class TaskSampler:
     def __call__(self, record: Record, epoch: int = 0) -> Asked:
         """The pairs of an image, the global caption first.
 
-        A region is skipped and counted where it has no caption, where its size class has no weight, where its box
-        rounds to one without area in text, and where only Caption2Bbox could ask about it but its caption names other
-        regions of the image too; such a region is asked about by Bbox2Caption alone.
+        A region is skipped and counted where it has no caption, where its size class has no weight, and where its box
+        rounds to one without area in text. Caption2Bbox does not ask for a caption that several regions of the image
+        have; such a region is left to Bbox2Caption, and is skipped and counted where that has no weight.
 
         Args:
             record: of the image as the model sees it.
