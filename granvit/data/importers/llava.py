@@ -64,7 +64,8 @@ def llava(
     lines = annotations.suffix == ".jsonl"
     listed = ((entry, f"{annotations}: [{i}]") for i, entry in enumerate(json_items(annotations, "item")))
     for i, (entry, where) in enumerate(json_lines(annotations) if lines else listed):
-        file = field(entry, "image", (str, list), where) if isinstance(entry, dict) and entry.get("image") else []
+        field(entry, "conversations", list, where)
+        file = field(entry, "image", (str, list), where) if entry.get("image") else []
         files = [file] if isinstance(file, str) else file
         if len(files) != 1:
             drops["conversation about several images" if files else "conversation without an image"] += 1
