@@ -65,7 +65,10 @@ def decode(data: bytes, fit: tuple[int, int] | None = None, name: str = "image")
     Raises:
         ImageError: empty, no image, cut short, broken, larger than :data:`MAX_PIXELS`, or with channels of more than
             16 bits.
+        ValueError: a frame without area.
     """
+    if fit is not None and min(fit) < 1:
+        raise ValueError(f"decode: fit: expected a height and width of at least 1, got {fit}")
     with _opened(data, name) as image:
         orientation = _orientation(image)
         height, width = _shown(image, orientation)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from granvit.data.record import KINDS, Record, Region
 from granvit.errors import UserError
-from granvit.geometry import BOX_STYLES, format_box, parse_boxes
+from granvit.geometry import BOX_STYLES, format_box
 
 TASKS = ("global_caption", "bbox_to_caption", "caption_to_bbox")
 SIZES = ("small", "medium", "large")
@@ -257,9 +257,9 @@ class TaskSampler:
         return weights.get(size_class(record.regions[region].area(), self.size_bounds), 0.0)
 
     def _has_area_in_text(self, record: Record, region: Region) -> bool:
-        size = (record.height, record.width)
-        x0, y0, x1, y1 = parse_boxes(format_box(region.box, self.style, size), self.style, size)[0]
-        return x0 < x1 and y0 < y1
+        text = format_box(region.box, self.style, (record.height, record.width))
+        x0, y0, x1, y1 = text.strip("[]").split(", ")
+        return x0 != x1 and y0 != y1
 
     def _drawn(self, record: Record, regions: list[int], rng: random.Random) -> list[int]:
         """At most :attr:`regions` of them by weight, each once, in the order of the draws.

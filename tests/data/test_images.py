@@ -120,6 +120,8 @@ def test_decoding_small_is_decoding_and_resizing(form: str, fit: tuple[int, int]
 def test_a_smaller_image_is_not_enlarged() -> None:
     assert decode(saved(quarters(), "PNG"), (512, 512)).size == (64, 32)
     assert decode(saved(Image.new("RGB", (1000, 3)), "PNG"), (100, 100)).size == (100, 1)
+    with pytest.raises(ValueError, match=r"decode: fit: expected a height and width of at least 1, got \(0, 5\)"):
+        decode(saved(quarters(), "PNG"), (0, 5))
 
 
 def test_a_jpeg_is_decoded_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +181,14 @@ def test_cmyk_and_grey_become_rgb() -> None:
     assert decode(saved(photograph(2).convert("CMYK"), "JPEG"), (64, 64)).size == (64, 43)
     assert decode(saved(Image.new("L", (3, 3), 77), "JPEG")).getpixel((1, 1)) == (77, 77, 77)
     assert decode(saved(Image.new("1", (3, 3), 1), "PNG")).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_of_a_stereo_photograph_the_first_is_read() -> None:
+    data = saved(quarters(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 32))], quality=100)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+    assert shard_extension(data) == "jpg"
+    assert np.abs(array(decode(data)) - array(quarters())).mean() < 10
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])

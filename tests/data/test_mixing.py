@@ -84,7 +84,7 @@ def test_every_sample_comes_as_often_at_every_position(size: int) -> None:
     width = torch.tensor([len([x for x in range(size) if x * classes // size == c]) for c in range(classes)]).double()
     expected = runs * width / size
     chi = float(((counts - expected) ** 2 / expected).sum())
-    assert chi < (classes - 1) + 6 * (2 * (classes - 1)) ** 0.5 + 6
+    assert chi < (classes - 1) + 6 * (2 * (classes - 1)) ** 0.5 + 20
 
 
 def test_neighbours_in_the_order_are_no_neighbours_in_the_source() -> None:
