@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from granvit.data.importers.finite_json import finite
 from granvit.data.record import MAX_CAPTION, Record, Region
 from granvit.errors import MissingDependencyError, UserError
 
@@ -132,12 +133,12 @@ def field(entry: object, name: str, kind: type | tuple[type, ...], where: str) -
     value = entry[name]
     if not isinstance(value, kind) or (isinstance(value, int) and not _is_whole(value)):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join(_NAMES[k] for k in kinds)
+        expected = " or ".join(_NAMES[k] for k in kinds if not (k is int and float in kinds))
         raise AnnotationError(f"{where}: {name}: expected {expected}, got {str(value)[:80]!r}")
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
+_NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list", type(None): "null"}
 
 
 def image_size(entry: object, where: str) -> tuple[int, int]:
@@ -155,6 +156,8 @@ def image_size(entry: object, where: str) -> tuple[int, int]:
 def json_items(path: Path, prefix: str) -> Iterator[Any]:
     """The elements of a list in a JSON file, one after the other; the file is never held as a whole.
 
+    NaN and Infinity, which Python writes and JSON does not have, are read as null.
+
     Args:
         path: of the file.
         prefix: ``"item"`` for a list that is the file, ``"name.item"`` for the list that the file's object calls so.
@@ -168,13 +171,11 @@ def json_items(path: Path, prefix: str) -> Iterator[Any]:
     count = 0
     with _opened(path) as file:
         try:
-            for item in ijson.items(file, prefix, use_float=True, buf_size=1 << 20):
+            for item in ijson.items(finite(file), prefix, use_float=True, buf_size=1 << 20):
                 yield item
                 count += 1
-            if name and not count:
-                file.seek(0)
-                if next(ijson.items(file, name), None) != []:
-                    raise AnnotationError(f"{path}: expected an object with a list {name}, and found no such list")
+            if name and not count and next(ijson.items(finite(file), name), None) != []:
+                raise AnnotationError(f"{path}: expected an object with a list {name}, and found no such list")
         except (ijson.JSONError, ValueError) as error:
             told = " ".join(str(error).split())
             raise AnnotationError(f"{path}: no JSON after {count} elements of {name or 'the list'}: {told}") from error

@@ -48,7 +48,7 @@ def visual_genome(
         regions = []
         for j, plain in enumerate(field(entry, "regions", list, where)):
             place = f"{where}: regions[{j}]"
-            sides = [field(plain, name, (int, float), place) for name in _SIDES]
+            sides = [field(plain, name, (int, float, type(None)), place) for name in _SIDES]
             box = relative_box(corners_of(sides, place), size, drops, place)
             text = caption_text(field(plain, "phrase", str, place), drops, f"{place}: phrase")
             if box and text:

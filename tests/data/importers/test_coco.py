@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def test_captions_go_to_their_images(tmp_path: Path) -> None:
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     good = [10, 10, 20, 20]
     boxes = [good, good, [10, 10, 0, 20], [10, 10, -5, 20], [700, 10, 20, 20], [600, 0, 100, 480], [1, None, 3, 4]]
+    boxes += [[math.nan, 1, 2, 3], [1, 2, math.inf, 3]]
     annotations = [boxed(i, 1, box) for i, box in enumerate(boxes)]
     annotations += [boxed(50, 1, [0, 0, 640, 400], crowd=1), boxed(51, 2, good), boxed(52, 77, good)]
     samples, drops = read(instances(tmp_path, [listed(1), listed(2)], annotations))
@@ -121,7 +123,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "box inverted": 1,
         "box outside the image": 1,
         "kept: box clipped": 1,
-        "box not finite": 1,
+        "box not finite": 3,
         "crowd": 1,
         "region of an image that is not listed": 1,
     }

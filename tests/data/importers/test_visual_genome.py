@@ -51,6 +51,7 @@ DESCRIPTIONS = [
             region(1384, 1, -40, 570, 120, 60, "man wearing sneakers"),
             region(1385, 1, 10, 10, 0, 60, "a line"),
             region(1386, 1, 10, 10, 40, 60, ""),
+            region(1387, 1, 10, float("nan"), 40, 60, "NaN"),
         ],
         "id": 1,
     },
@@ -78,7 +79,7 @@ def test_regions_are_read(tmp_path: Path) -> None:
         ((0.0, 0.95, 0.1, 1.0), "man wearing sneakers"),
     ]
     assert (second.key, second.regions) == ("vg-2", ())
-    assert drops == {"kept: box clipped": 1, "box without area": 1, "caption empty": 1}
+    assert drops == {"kept: box clipped": 1, "box without area": 1, "caption empty": 1, "box not finite": 1}
 
 
 def test_images_are_found_in_one_folder_or_two(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_the_first_editions_ids_are_read(tmp_path: Path) -> None:
         (
             [{"id": 1, "regions": [region(1, 1, 2, 3, 4, "5", "a")]}],
             IMAGE_DATA,
-            "height: expected a whole number or a n",
+            "height: expected a number or null, got '5'",
         ),
         ([{"id": 1, "regions": [region(1, 1, 2, 3, 4, 5, 6)]}], IMAGE_DATA, "phrase: expected text, got '6'"),
     ],
