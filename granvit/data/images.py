@@ -1,0 +1,171 @@
+"""Encoded images to RGB pixels: upright, no larger than needed, and one sentence for a file that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from granvit.errors import MissingDependencyError, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 1 << 27  # 400 MB as RGB: no photograph, but easily the content of a hostile file of a few kilobytes
+# Named, because among all that Pillow can open are formats that start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class ImageError(UserError):
+    """An image that cannot be read; the text names the file."""
+
+
+def size_as_shown(data: bytes, name: str = "image") -> tuple[int, int]:
+    """Height and width in pixels after the EXIF orientation, from the header alone.
+
+    Args:
+        data: the encoded file.
+        name: what an error calls it.
+
+    Raises:
+        ImageError: empty, no image, or larger than :data:`MAX_PIXELS`.
+    """
+    with _opened(data, name) as image:
+        return _shown(image, _orientation(image))
+
+
+def shard_extension(data: bytes, name: str = "image") -> str | None:
+    """``"jpg"``, ``"png"`` or ``"webp"`` by content, whatever the file is called; None for what shards do not hold.
+
+    Raises:
+        ImageError: as for :func:`size_as_shown`.
+    """
+    with _opened(data, name) as image:
+        return _EXTENSIONS.get(image.format or "")
+
+
+def decode(data: bytes, fit: tuple[int, int] | None = None, name: str = "image") -> Image:
+    """The first frame in 8-bit RGB, upright.
+
+    Transparency is laid over white, 16-bit channels are scaled to 8, CMYK and palettes are converted; colour profiles
+    are not applied. EXIF that cannot be read counts as none, as in every viewer.
+
+    Args:
+        data: the encoded file.
+        fit: ``(height, width)`` of a frame in pixels. A larger image is made as large as fits into it with its aspect
+            ratio kept, as by :meth:`granvit.geometry.BoxTransform.letterbox`; a smaller one stays as it is. A JPEG is
+            then decoded at no more pixels than twice that size needs, which saves most of the time.
+        name: what an error calls it.
+
+    Raises:
+        ImageError: empty, no image, cut short, broken, larger than :data:`MAX_PIXELS`, or with channels of more than
+            16 bits.
+        ValueError: a frame without area.
+    """
+    if fit is not None and min(fit) < 1:
+        raise ValueError(f"decode: fit: expected a height and width of at least 1, got {fit}")
+    with _opened(data, name) as image:
+        orientation = _orientation(image)
+        height, width = _shown(image, orientation)
+        zoom = 1.0 if fit is None else min(1.0, fit[0] / height, fit[1] / width)
+        stored = (max(1, round(width * zoom)), max(1, round(height * zoom)))
+        if orientation in _SIDEWAYS:
+            stored = stored[::-1]
+        if zoom < 1:
+            # Twice the size, so that it is our filter and not the decoder's blocks that makes the last step.
+            image.draft(None, (stored[0] * 2, stored[1] * 2))
+        image.load()
+        pixels = _rgb(image, name)
+        if pixels.size != stored:
+            from PIL.Image import Resampling
+
+            pixels = pixels.resize(stored, Resampling.BICUBIC, reducing_gap=3.0)
+        return _upright(pixels, orientation)
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image]:
+    try:
+        from PIL import Image as pil
+        from PIL import UnidentifiedImageError
+    except ImportError:
+        raise MissingDependencyError(f"{name}: reading images needs pillow: pip install 'granvit[data]'") from None
+    if not data:
+        raise ImageError(f"{name}: the file is empty")
+    try:
+        with pil.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(_too_large(name, f"{image.width} x {image.height} pixels"))
+            yield image
+    except (ImageError, MemoryError):
+        raise
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
+        raise ImageError(_too_large(name, str(error))) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: no image, or its header is broken; read are {', '.join(FORMATS)}") from error
+    except Exception as error:  # decoders answer broken bytes with almost any error there is
+        raise ImageError(f"{name}: broken or cut short: {error or type(error).__name__}") from error
+
+
+def _too_large(name: str, what: str) -> str:
+    return f"{name}: too large to be read safely, at most {MAX_PIXELS} pixels are: {what}"
+
+
+def _orientation(image: Image) -> int:
+    """1 to 8 as EXIF counts; 1 is upright."""
+    from PIL import Image as pil
+
+    if image.format == "TIFF":  # which Pillow itself turns, pixels and size
+        return 1
+    try:
+        # The base class's: PNG's own would decode the whole image in search of EXIF behind the pixels.
+        value = pil.Image.getexif(image).get(_ORIENTATION, 1)
+    except (SyntaxError, struct.error, ValueError, KeyError, TypeError, IndexError, EOFError):
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _shown(image: Image, orientation: int) -> tuple[int, int]:
+    """Height and width after the orientation."""
+    return (image.width, image.height) if orientation in _SIDEWAYS else (image.height, image.width)
+
+
+def _upright(image: Image, orientation: int) -> Image:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _rgb(image: Image, name: str) -> Image:
+    from PIL import Image as pil
+
+    if image.mode == "F" or (image.mode == "I" and not _fits_16_bits(image)):
+        raise ImageError(f"{name}: its channels have 32 bits; expected at most 16")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Half of 257 is added because the scaled values are cut, not rounded.
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        canvas = pil.new("RGB", layer.size, (255, 255, 255))
+        canvas.paste(layer, mask=layer.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def _fits_16_bits(image: Image) -> bool:
+    low, high = image.getextrema()
+    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and low >= 0 and high < 1 << 16
