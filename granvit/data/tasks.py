@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from granvit.data.record import KINDS, Record, Region
+from granvit.data.record import KINDS, SIZES, Record, Region
 from granvit.errors import UserError
 from granvit.geometry import BOX_STYLES, format_box
 
 TASKS = ("global_caption", "bbox_to_caption", "caption_to_bbox")
-SIZES = ("small", "medium", "large")
-SIZE_BOUNDS = (0.01, 0.1)  # of the image's area: where small ends and where large begins
 _PLACEHOLDERS = {"global_caption": set(), "bbox_to_caption": {"box"}, "caption_to_bbox": {"caption"}}
 
 
@@ -140,11 +138,6 @@ def _captioned(record: Record, region: int) -> Region:
     return found
 
 
-def size_class(area: float, bounds: tuple[float, float] = SIZE_BOUNDS) -> str:
-    """One of :data:`SIZES` for a region's share of the image."""
-    return SIZES[(area >= bounds[0]) + (area >= bounds[1])]
-
-
 def ambiguous_captions(record: Record) -> set[int]:
     """Indices of the regions whose caption another region of the image has too, but for case and spaces."""
     names = [_folded(region.caption) for region in record.regions]
@@ -174,8 +167,8 @@ class TaskSampler:
         weights: how often each task is asked, relative to the others; what is not named is not asked.
         regions: of an image that are asked about, at most.
         seed: of all draws.
-        size_weights: of the regions, by the record's kind and their size class; 0 leaves them out.
-        size_bounds: shares of the image where small ends and where large begins.
+        size_weights: of the regions, by the record's kind and :meth:`granvit.data.record.Region.size`; 0 leaves them
+            out.
         style: of boxes in text, one of :data:`granvit.geometry.BOX_STYLES`; pixels are those of the record's size.
         templates: the wordings.
 
@@ -187,7 +180,6 @@ class TaskSampler:
     regions: int = 8
     seed: int = 0
     size_weights: Mapping[str, Mapping[str, float]] = field(default_factory=_no_preference)
-    size_bounds: tuple[float, float] = SIZE_BOUNDS
     style: str = "relative"
     templates: Templates = field(default_factory=Templates)
 
@@ -201,15 +193,13 @@ class TaskSampler:
             raise TaskError(f"task sampler: size_weights: expected {', '.join(KINDS)}, got {list(self.size_weights)}")
         for kind, weights in self.size_weights.items():
             _check_weights(f"size_weights[{kind}]", weights, SIZES)
-        if not 0 <= self.size_bounds[0] <= self.size_bounds[1] <= 1:
-            raise TaskError(f"task sampler: size_bounds: expected 0 <= small <= large <= 1, got {self.size_bounds}")
         if self.style not in BOX_STYLES:
             raise TaskError(f"task sampler: style: expected one of {', '.join(BOX_STYLES)}, got {self.style!r}")
 
     def __call__(self, record: Record, epoch: int = 0) -> Asked:
         """The pairs of an image, the global caption first.
 
-        A region is skipped and counted where it has no caption, where its size class has no weight, and where its box
+        A region is skipped and counted where it has no caption, where its size has no weight, and where its box
         rounds to one without area in text. Caption2Bbox does not ask for a caption that several regions of the image
         have; such a region is left to Bbox2Caption, and is skipped and counted where that has no weight.
 
@@ -243,7 +233,7 @@ class TaskSampler:
             if not region.caption.strip():
                 skipped["no caption"] += 1
             elif not self._size_weight(record, i):
-                skipped["size class without weight"] += 1
+                skipped["size without weight"] += 1
             elif not self._has_area_in_text(record, region):
                 skipped["box without area in text"] += 1
             elif not possible:
@@ -254,7 +244,7 @@ class TaskSampler:
 
     def _size_weight(self, record: Record, region: int) -> float:
         weights = self.size_weights[record.kind]
-        return weights.get(size_class(record.regions[region].area(), self.size_bounds), 0.0)
+        return weights.get(record.regions[region].size(), 0.0)
 
     def _has_area_in_text(self, record: Record, region: Region) -> bool:
         text = format_box(region.box, self.style, (record.height, record.width))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from granvit.data.images import decode
 from granvit.data.shards import write_atomically
 from granvit.data.stream import RegionStream, Sample
 from granvit.errors import UserError
@@ -83,15 +84,7 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 def _picture(sample: Sample) -> tuple[str, tuple[int, int]]:
     """A small JPEG of the image as a data URL, and its width and height."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            image.draft("RGB", (SIDE, SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UserError(f"sample {sample.record.key}: its image cannot be read: {error}") from None
-    small.thumbnail((SIDE, SIDE))
+    small = decode(sample.image, (SIDE, SIDE), f"sample {sample.record.key}")
     file = io.BytesIO()
     small.save(file, "JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(), small.size

@@ -19,7 +19,6 @@ from granvit.data.tasks import (
     bbox_to_caption,
     caption_to_bbox,
     global_caption,
-    size_class,
 )
 from granvit.geometry import parse_boxes
 
@@ -109,7 +108,6 @@ def test_wrong_wordings_are_refused_when_they_are_given(change: dict[str, Any], 
         ({"style": "percent"}, "style: expected one of relative, thousandths, pixels, got 'percent'"),
         ({"size_weights": {"natural": {"small": 1}}}, "size_weights: expected natural, ocr"),
         ({"size_weights": {"natural": {"tiny": 1}, "ocr": {"small": 1}}}, r"size_weights\[natural\]: expected weights"),
-        ({"size_bounds": (0.5, 0.1)}, "size_bounds: expected 0 <= small <= large <= 1"),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], text: str) -> None:
@@ -171,11 +169,11 @@ def test_tasks_come_in_the_shares_of_their_weights() -> None:
 
 
 def test_regions_come_by_the_weight_of_their_size_and_kind() -> None:
-    sides = {"small": 0.05, "medium": 0.2, "large": 0.6}
+    sides = {"small": 0.05, "medium": 0.15, "large": 0.6}
     regions = [
         Region((0.0, 0.0, side, side), f"{name} {i}") for name, side in sides.items() for i in range(10)
     ]  # ten of each
-    assert Counter(size_class(r.area()) for r in regions) == {"small": 10, "medium": 10, "large": 10}
+    assert Counter(r.size() for r in regions) == {"small": 10, "medium": 10, "large": 10}
     weights = {"natural": {"small": 1, "medium": 2, "large": 5}, "ocr": {"small": 1}}
     sampler = TaskSampler({"bbox_to_caption": 1}, regions=1, size_weights=weights)
     drawn: Counter[str] = Counter()
@@ -186,7 +184,7 @@ def test_regions_come_by_the_weight_of_their_size_and_kind() -> None:
         assert abs(drawn[name] / 3000 - weight / 8) < 0.04
     pairs, skipped = sampler(record(*regions, kind="ocr", caption=None))
     assert [pair.answer.split()[0] for pair in pairs] == ["small"]
-    assert skipped == {"size class without weight": 20}
+    assert skipped == {"size without weight": 20}
 
 
 def test_a_caption_of_several_regions_is_no_answer_to_where() -> None:
