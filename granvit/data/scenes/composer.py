@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,26 +62,40 @@ class SceneComposer:
         size: side of the square images in pixels, 128 to 2048.
         kind: ``"natural"``, ``"ocr"``, or ``"mixed"`` for as many of each.
         unique: whether no two regions of a natural scene may have the same caption.
+        names: the only pictograms to show, by name; None for all that the split may show.
 
     Raises:
         SceneError: an argument is not one of these.
     """
 
     def __init__(
-        self, seed: int = 0, split: str = "train", *, size: int = 256, kind: str = "mixed", unique: bool = True
+        self,
+        seed: int = 0,
+        split: str = "train",
+        *,
+        size: int = 256,
+        kind: str = "mixed",
+        unique: bool = True,
+        names: Sequence[str] | None = None,
     ) -> None:
         if kind not in SCENE_KINDS:
             raise SceneError(f"scenes: kind: expected one of {', '.join(SCENE_KINDS)}, got {kind!r}")
         if size not in _SIZES:
             raise SceneError(f"scenes: size: expected {_SIZES.start} to {_SIZES.stop - 1} pixels, got {size}")
         self.seed, self.split, self.size, self.kind, self.unique = seed, split, size, kind, unique
+        self.names = None if names is None else tuple(names)
         self.material = material(split)
+        chosen = {pictogram.name: pictogram for pictogram in self.material.pictograms}
+        unknown = [name for name in self.names or () if name not in chosen]
+        if unknown or self.names == ():
+            raise SceneError(f"scenes: names: expected names of pictograms of split {split}, got {unknown}")
+        shown = self.material.pictograms if self.names is None else tuple(chosen[name] for name in self.names)
         backgrounds = Backgrounds(self.material.photographs, size)
-        self._natural = Natural(backgrounds, self.material.pictograms, unique)
+        self._natural = Natural(backgrounds, shown, unique)
         self._documents = Documents(backgrounds, self.material.fonts)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _again, (self.seed, self.split, self.size, self.kind, self.unique)
+        return _again, (self.seed, self.split, self.size, self.kind, self.unique, self.names)
 
     def scene(self, index: int) -> Scene:
         """A scene before it is flattened.
@@ -119,5 +134,5 @@ class SceneComposer:
         return Record(key, self.size, self.size, SOURCE, scene.kind, scene.caption, regions, meta).check()
 
 
-def _again(seed: int, split: str, size: int, kind: str, unique: bool) -> SceneComposer:
-    return SceneComposer(seed, split, size=size, kind=kind, unique=unique)
+def _again(seed: int, split: str, size: int, kind: str, unique: bool, names: Sequence[str] | None) -> SceneComposer:
+    return SceneComposer(seed, split, size=size, kind=kind, unique=unique, names=names)

@@ -16,7 +16,9 @@ from granvit.data.scenes.scene import Labelled, Layer, Pixels, Scene
 SMALLEST, LARGEST = 0.05, 0.7  # longer side of an object over the side of the scene
 VISIBLE = 0.6  # share of an object that nothing hides and no edge cuts off, at least
 _COUNTS, _WEIGHTS = range(1, 13), (6, 9, 10, 10, 9, 8, 6, 5, 4, 3, 3, 3)
-_OPAQUE = 64  # alpha from which a pixel counts as the object's
+_OPAQUE = 96  # alpha from which a pixel counts as the object's
+_SEEN = 26  # of 255: share of a pixel's colour from which the object is seen in it
+_TONES = (80.0, 255.0)  # of backgrounds: the black lines of the drawings must show on any
 _TRIES = 4
 _TINTED, _REPEATED, _CUT = 0.2, 0.15, 0.15  # how often
 _APART, _LARGER = 0.25, 1.5  # centres by this share of the scene, or sides by this factor: enough to tell two apart
@@ -27,6 +29,7 @@ class _Object:
     pictogram: Pictogram
     tint: str | None
     box: Pixels
+    alpha: npt.NDArray[np.uint8]
     pixels: int
     visible: int
 
@@ -56,7 +59,7 @@ class Natural:
 
     def compose(self, rng: random.Random) -> Scene:
         """A scene; the same for the same state of `rng`."""
-        background, photograph = self._backgrounds.draw(rng)
+        background, photograph = self._backgrounds.draw(rng, _TONES)
         size = self._backgrounds.size
         owner = np.zeros((size, size), np.uint8)  # number of the object that is seen at a pixel, from 1
         objects: list[_Object] = []
@@ -69,7 +72,7 @@ class Natural:
         for share in shares:
             self._place(rng, max(8, round(share * size)), owner, objects, layers)
         captions = _captions(objects, size) if self._unique else [o.name for o in objects]
-        boxes = [_visible_box(owner, o.box, i + 1) for i, o in enumerate(objects)]
+        boxes = _visible_boxes(objects, size)
         regions = tuple(Labelled(box, caption) for box, caption in zip(boxes, captions, strict=True))
         listed = sorted(range(len(objects)), key=lambda i: -objects[i].visible)
         meta = {
@@ -100,15 +103,16 @@ class Natural:
         tint = rng.choice(tints) if tints else None
         image = self._drawings.draw(pictogram, side, tint)
         alpha = image.getchannel("A")
-        mask = np.asarray(alpha) >= _OPAQUE
+        opacity = np.asarray(alpha)
+        mask = opacity >= _OPAQUE
         pixels = int(mask.sum())
         for _ in range(_TRIES):
             over = 0.25 if rng.random() < _CUT else 0.0
             x, y = (rng.randint(-int(over * n), size - n + int(over * n)) for n in image.size)
             box = (x, y, x + image.width, y + image.height)
-            inside = (max(x, 0), max(y, 0), min(box[2], size), min(box[3], size))
+            inside = _overlap(box, (0, 0, size, size))
             seen = mask[inside[1] - y : inside[3] - y, inside[0] - x : inside[2] - x]
-            new = _Object(pictogram, tint, box, pixels, int(seen.sum()))
+            new = _Object(pictogram, tint, box, opacity, pixels, int(seen.sum()))
             window = owner[inside[1] : inside[3], inside[0] : inside[2]]
             hidden = np.bincount(window[seen], minlength=len(objects) + 1)[1:].tolist()
             if new.visible < VISIBLE * pixels or any(
@@ -125,12 +129,25 @@ class Natural:
             return
 
 
-def _visible_box(owner: npt.NDArray[np.uint8], box: Pixels, number: int) -> Pixels:
-    """Bounds of an object's pixels that are seen."""
-    x, y = max(box[0], 0), max(box[1], 0)
-    seen = owner[y : box[3], x : box[2]] == number
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-    return (x + int(columns[0]), y + int(rows[0]), x + int(columns[-1]) + 1, y + int(rows[-1]) + 1)
+def _visible_boxes(objects: Sequence[_Object], size: int) -> list[Pixels]:
+    """Bounds of what is seen of each object: of the pixels that it colours by a tenth or more."""
+    boxes = []
+    for i, back in enumerate(objects):
+        x0, y0, x1, y1 = inside = _overlap(back.box, (0, 0, size, size))
+        left = back.alpha[y0 - back.box[1] : y1 - back.box[1], x0 - back.box[0] : x1 - back.box[0]].astype(np.float32)
+        for front in objects[i + 1 :]:
+            a0, b0, a1, b1 = _overlap(front.box, inside)
+            if a0 < a1 and b0 < b1:
+                x, y = front.box[:2]
+                left[b0 - y0 : b1 - y0, a0 - x0 : a1 - x0] *= 1 - front.alpha[b0 - y : b1 - y, a0 - x : a1 - x] / 255
+        seen = left >= _SEEN
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        boxes.append((x0 + int(columns[0]), y0 + int(rows[0]), x0 + int(columns[-1]) + 1, y0 + int(rows[-1]) + 1))
+    return boxes
+
+
+def _overlap(a: Pixels, b: Pixels) -> Pixels:
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
 
 
 def _can_be_told_apart(new: _Object, objects: Sequence[_Object], size: int) -> bool:

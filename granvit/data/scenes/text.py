@@ -28,7 +28,7 @@ FONTS = (
 HELD_OUT_FONTS = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")  # that no scene for training shows
 MONOSPACED = ("DejaVuSansMono", "DejaVuSansMono-Bold")
 _INK = 64  # opacity from which a pixel counts as ink
-_CACHED_WORDS = 20_000
+_CACHED_WORDS = 60_000  # some 100 MB at 256 pixels
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def advance(name: str, size: int, text: str) -> float:
 
 
 class Words:
-    """Draws words and keeps the latest 20,000."""
+    """Draws words and keeps the latest 60,000."""
 
     def __init__(self) -> None:
         self._drawn: OrderedDict[tuple[str, int, str], _Word] = OrderedDict()
@@ -86,15 +86,15 @@ class Words:
         from PIL import Image as pil
         from PIL import ImageDraw
 
+        room = size  # around the pen's way, for what leans out of it
+        mask = pil.new("L", (int(advance(name, size, text)) + 2 * room, 3 * size))
         font = load_font(name, size)
-        left, top, right, bottom = (round(x) for x in font.getbbox(text, anchor="ls"))
-        mask = pil.new("L", (right - left + 2, bottom - top + 2))
-        ImageDraw.Draw(mask).text((1 - left, 1 - top), text, fill=255, font=font, anchor="ls")
+        ImageDraw.Draw(mask).text((room, 2 * size), text, fill=255, font=font, anchor="ls")
         ink = np.asarray(mask) >= _INK
         rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
         x, y = int(columns[0]), int(rows[0])
         cut = mask.crop((x, y, int(columns[-1]) + 1, int(rows[-1]) + 1))
-        word = _Word(cut, left - 1 + x, top - 1 + y, advance(name, size, text))
+        word = _Word(cut, x - room, y - 2 * size, advance(name, size, text))
         self._drawn[key] = word
         if len(self._drawn) > _CACHED_WORDS:
             self._drawn.popitem(last=False)
