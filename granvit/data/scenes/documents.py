@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from granvit.data.scenes.photographs import Backgrounds
+from granvit.data.scenes.photographs import Backgrounds, Photograph
 from granvit.data.scenes.scene import Colour, Scene
 from granvit.data.scenes.text import MONOSPACED, SMALLEST, Sheet, Style, Words, fitting, words
 
@@ -42,25 +42,25 @@ class Documents:
         """A scene; the same for the same state of `rng`."""
         layout = rng.choices(list(self._layouts), (35, 20, 15, 15, 15))[0]
         on_light = rng.random() < 0.75
-        meta: dict[str, Any] = {"layout": layout, "photograph": None, "licence": "CC0-1.0"}
         sheet = Sheet(self._words, self._backgrounds.size)
         background, photograph = self._paper(rng, layout == "lines", on_light)
+        meta: dict[str, Any] = {"layout": layout, "photograph": None, "licence": "CC0-1.0", "attribution": []}
         if photograph is not None:
-            meta |= {"photograph": photograph[0], "photograph_licence": photograph[1], "licence": photograph[1]}
+            meta |= {"photograph": photograph.name, "licence": photograph.licence}
+            meta["attribution"] = [text for text in (photograph.attribution,) if text]
         self._layouts[layout](rng, sheet, on_light)
         while not sheet.regions:  # a single word of the smallest size always finds its place
             sheet.write(rng.choice(words()), 4, 4, self._style(rng, SMALLEST, on_light))
         meta["words"] = [[[word, list(box)] for word, box in region.words] for region in sheet.regions]
         return Scene(background, tuple(sheet.layers), tuple(sheet.regions), "ocr", None, meta)
 
-    def _paper(self, rng: random.Random, photographs: bool, on_light: bool) -> tuple[Image, tuple[str, str] | None]:
+    def _paper(self, rng: random.Random, photographs: bool, on_light: bool) -> tuple[Image, Photograph | None]:
         from PIL import Image as pil
 
         if photographs and rng.random() < 0.5:
             # Only as many tones as leave the text its contrast.
             tones = (float(_DARKEST_PAPER), 255.0) if on_light else (0.0, float(_LIGHTEST_INK))
-            image, photograph = self._backgrounds.draw(rng, tones)
-            return image, (photograph.name, photograph.licence)
+            return self._backgrounds.draw(rng, tones)
         colour = _tone(rng, on_light) if rng.random() < 0.5 else (255, 255, 255) if on_light else (0, 0, 0)
         return pil.new("RGB", (self._backgrounds.size,) * 2, colour), None
 
@@ -191,7 +191,7 @@ def _number(rng: random.Random) -> str:
 
 
 def _cased(rng: random.Random, text: str) -> str:
-    """A short line as it is, as a name, or with a number behind it: never wider by more than a few letters."""
+    """A line as it is, with a capital, or all in capitals."""
     choice = rng.random()
     if choice < 0.6:
         return text

@@ -78,10 +78,9 @@ class Natural:
         meta = {
             "layout": "natural",
             "photograph": photograph.name,
-            "photograph_licence": photograph.licence,
             "pictograms": [o.pictogram.code for o in objects],
             "licence": LICENCE,
-            "attribution": ATTRIBUTION,
+            "attribution": [text for text in (ATTRIBUTION, photograph.attribution) if text],
         }
         caption = f"Drawings over a photograph: {', '.join(captions[i] for i in listed)}."
         return Scene(background, tuple(layers), regions, "natural", caption, meta)

@@ -51,6 +51,7 @@ class Photograph:
         package: that ships it.
         file: relative to the package.
         licence: as its package states it.
+        attribution: that the licence asks for; empty where it asks for none.
         held_out: kept from scenes for training.
     """
 
@@ -59,6 +60,7 @@ class Photograph:
     file: str
     licence: str
     held_out: bool = False
+    attribution: str = ""
 
     def sha256(self) -> str:
         """Of the file."""
@@ -80,12 +82,16 @@ PHOTOGRAPHS = (
     _skimage("hubble_deep_field.jpg", "public domain"),
     _skimage("ihc.png", "no known restrictions"),
     _skimage("rocket.jpg", "public domain"),
-    Photograph("china", "sklearn", "datasets/images/china.jpg", "CC-BY-2.0"),
+    Photograph(
+        "china", "sklearn", "datasets/images/china.jpg", "CC-BY-2.0", False, "china.jpg by danielbuechele, changed"
+    ),
     _skimage("coffee.png", "CC0-1.0", held_out=True),
     _skimage("coins.png", "no known restrictions", held_out=True),
     _skimage("grass.png", "CC0-1.0", held_out=True),
     _skimage("retina.jpg", "CC0-1.0", held_out=True),
-    Photograph("flower", "sklearn", "datasets/images/flower.jpg", "CC-BY-2.0", held_out=True),
+    Photograph(
+        "flower", "sklearn", "datasets/images/flower.jpg", "CC-BY-2.0", True, "flower.jpg by vultilion, changed"
+    ),
     Photograph("grace_hopper", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "public domain", held_out=True),
 )
 

@@ -28,8 +28,8 @@ def crops(seed: int, split: str, scenes: int) -> tuple[Tensor, Tensor]:
 
 def test_a_small_network_names_objects_over_photographs_that_it_never_saw() -> None:
     assert len(NAMES) == 16
-    images, labels = crops(1, "train", 500)
-    unseen, truth = crops(2, "heldout", 150)
+    images, labels = crops(1, "train", 350)
+    unseen, truth = crops(2, "heldout", 100)
     layers: list[nn.Module] = []
     for a, b in ((3, 24), (24, 48), (48, 96)):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
@@ -46,4 +46,4 @@ def test_a_small_network_names_objects_over_photographs_that_it_never_saw() -> N
     # The classes are about equally frequent: chance is a sixteenth.
     assert truth.bincount(minlength=16).max() < 0.15 * len(truth)
     print(f"right: {right:.3f} of {len(truth)} unseen regions")
-    assert right > 0.6
+    assert right > 0.9
