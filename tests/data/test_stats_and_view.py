@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from granvit.cli import app
 from granvit.data.record import Record, Region
 from granvit.data.shards import ShardWriter
 from granvit.data.stats import DROPS, collect, render
@@ -143,3 +145,19 @@ def test_a_page_needs_samples_that_can_be_read(shards: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="sample bad: "):
         write_page(tmp_path / "broken", tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["data", *arguments])
+    return result.exit_code, result.stdout
+
+
+def test_commands(shards: Path, tmp_path: Path) -> None:
+    code, text = run("stats", str(shards), "--json")
+    assert code == 0
+    assert json.loads(text) == collect(shards).plain()
+    assert "regions an image, from" in run("stats", str(shards))[1]
+    page = tmp_path / "sub" / "page.html"
+    assert run("view", str(shards), "--out", str(page), "--count", "2") == (0, f"wrote {page}: 2 samples\n")
+    assert page.exists()
+    assert run("verify", str(shards)) == (0, f"{shards}: all 2 shards are what the index says\n")
