@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from granvit.annotate.filters import box_iou
 from granvit.annotate.interfaces import AnnotationError, Box, Detection, loaded_once, running
 from granvit.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_NEARLY_EQUAL = 0.8  # intersection over union
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def _detections(result: dict[str, Any], size: tuple[int, int], labels: dict[int,
 class SelectiveSearchDetector:
     """OpenCV's selective search (Uijlings et al., 2013): regions of one look, without a model, scores or labels.
 
-    The search itself gives thousands of boxes in an order that is drawn by chance. Here the larger come first, and a
-    box is passed over that covers much the same as one before it.
+    The search itself gives hundreds of boxes, many around the same thing, in an order that is drawn by chance. Here the
+    box comes first that most others nearly equal, and one is passed over that covers much the same as one before it.
 
     Attributes:
         side: the image's shorter side is made this long for the search, in pixels.
@@ -107,7 +108,7 @@ class SelectiveSearchDetector:
         return "selective-search"
 
     def detect(self, images: Sequence[Image]) -> list[list[Detection]]:
-        """The boxes of each image, the largest first.
+        """The boxes of each image, those first that most proposals agree on.
 
         Raises:
             MissingDependencyError: OpenCV's contributed modules are not installed.
@@ -122,15 +123,29 @@ class SelectiveSearchDetector:
         small = image.resize((max(1, round(image.width * zoom)), max(1, round(image.height * zoom))))
         search.setBaseImage(np.ascontiguousarray(np.asarray(small)[:, :, ::-1]))  # BGR
         search.switchToSelectiveSearchFast()
-        found = {(int(x), int(y), int(x + w), int(y + h)) for x, y, w, h in search.process()}
+        corners = np.array([(x, y, x + w, y + h) for x, y, w, h in search.process()], dtype=np.float64)
+        corners = corners.reshape(-1, 4)
+        # Sorted, and each once, so that chance is gone.
+        found = np.unique(corners, axis=0) / (small.size * 2)
+        overlaps = _overlaps(found)
+        left = np.argsort(-(overlaps > _NEARLY_EQUAL).sum(1), kind="stable")
         chosen: list[Box] = []
-        for x0, y0, x1, y1 in sorted(found, key=lambda b: ((b[0] - b[2]) * (b[3] - b[1]), b)):
-            box = (x0 / small.width, y0 / small.height, x1 / small.width, y1 / small.height)
-            if all(box_iou(box, other) <= self.overlap for other in chosen):
-                chosen.append(box)
-                if len(chosen) == self.boxes:
-                    break
+        while len(left) and len(chosen) < self.boxes:
+            x0, y0, x1, y1 = found[left[0]].tolist()
+            chosen.append((x0, y0, x1, y1))
+            left = left[1:][overlaps[left[0], left[1:]] <= self.overlap]
         return chosen
+
+
+def _overlaps(boxes: Any) -> Any:
+    """Intersection over union of every two boxes ``(N, 4)``, as a numpy array ``(N, N)``."""
+    import numpy as np
+
+    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    shared = (high - low).clip(0).prod(-1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    return shared / (areas[:, None] + areas[None] - shared)
 
 
 def _selective_search() -> Any:
@@ -139,6 +154,7 @@ def _selective_search() -> Any:
     except ImportError:
         raise MissingDependencyError(
             "SelectiveSearchDetector needs OpenCV with its contributed modules: "
-            "pip install 'granvit[selective-search]'; where another OpenCV lies over it, pip install --force-reinstall --no-deps opencv-contrib-python-headless"
+            "pip install 'granvit[selective-search]'; where another OpenCV lies over it, "
+            "pip install --force-reinstall --no-deps opencv-contrib-python-headless"
         ) from None
     return segmentation.createSelectiveSearchSegmentation()

@@ -143,14 +143,8 @@ def _ray_results(
             compute=ray.data.ActorPoolStrategy(size=workers),
             **resources,
         )
-    try:
-        for row in dataset.iter_rows():
-            yield int(row["number"]), pickle.loads(row["items"])
-    except ray.exceptions.RayError as error:
-        cause = _user_error(error)
-        if cause is None:
-            raise
-        raise cause from None
+    for row in dataset.iter_rows():
+        yield int(row["number"]), _unpacked(row)
 
 
 class _RayStage:
@@ -160,14 +154,29 @@ class _RayStage:
         self.plan, self.steps, self.first, self.last = plan, steps, first, last
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        items = pickle.loads(row["items"])
+        try:
+            return {"number": row["number"], "items": pickle.dumps(self._done(_unpacked(row)))}
+        except UserError as error:  # travels as a result: Ray would wrap it and keep only its text
+            return {"number": row["number"], "items": pickle.dumps(error)}
+
+    def _done(self, items: list[Any]) -> list[Any]:
         if self.first:
             items = [stages.Item(file) for file in items]
         for step in self.steps:
             items = step(self.plan, items)
-        if self.last:
-            items = [stages.entry_of(self.plan, item) for item in items]
-        return {"number": row["number"], "items": pickle.dumps(items)}
+        return [stages.entry_of(self.plan, item) for item in items] if self.last else items
+
+
+def _unpacked(row: dict[str, Any]) -> list[Any]:
+    """The items of a row.
+
+    Raises:
+        UserError: the one that an earlier step met.
+    """
+    items = pickle.loads(row["items"])
+    if isinstance(items, UserError):
+        raise items
+    return list(items)
 
 
 class _RayActor:
@@ -178,15 +187,3 @@ class _RayActor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return self.stage(row)
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The sentence for the user among the causes that Ray wrapped."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        inner = getattr(error, "cause", None) or error.__cause__
-        if isinstance(error, UserError) and inner is None:
-            return error
-        error = inner
-    return None
