@@ -319,13 +319,6 @@ def test_other_images_settings_or_pixels_are_refused(tmp_path: Path) -> None:
         annotate([images], out, kind="ocr", ocr=SlowOCR())
 
 
-def test_workers_change_nothing(tmp_path: Path) -> None:
-    images = make_images(tmp_path / "in", 23)
-    annotate([images], tmp_path / "alone", ocr=SlowOCR(), **SETTINGS)
-    annotate([images], tmp_path / "workers", ocr=SlowOCR(), workers=2, **SETTINGS)
-    assert contents(tmp_path / "workers") == contents(tmp_path / "alone")
-
-
 class DeadlyOCR(SlowOCR):
     def read(self, images: Any) -> list[list[TextLine]]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -341,28 +334,34 @@ def test_a_worker_that_dies_is_a_sentence(tmp_path: Path) -> None:
 WORKERS = """
 import sys
 from granvit.annotate import annotate
+from tests.annotate.killed import SETTINGS
 from tests.annotate.support import SlowOCR
 if __name__ == "__main__":
-    annotate([sys.argv[1]], sys.argv[2], kind="ocr", ocr=SlowOCR(0.2, sys.argv[3]), workers=1)
+    annotate([sys.argv[1]], sys.argv[2], ocr=SlowOCR(0.05), workers=2, **SETTINGS)
 """
 
 
-def test_workers_of_a_killed_run_end_too(tmp_path: Path) -> None:
-    images, log = make_images(tmp_path / "in", 60), tmp_path / "log"
+def test_workers_end_with_a_killed_run_and_change_nothing(tmp_path: Path) -> None:
+    images, out = make_images(tmp_path / "in", 60), tmp_path / "out"
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
-    command = [sys.executable, str(script), str(images), str(tmp_path / "out"), str(log)]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        while not log.exists():
+    command = [sys.executable, str(script), str(images), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment) as process:
+        while not journalled(out):
             assert process.poll() is None
             time.sleep(0.02)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
-    assert len(children) >= 1
-    deadline = time.monotonic() + 10
+    assert len(children) >= 2
+    deadline = time.monotonic() + 20
     while any(alive(pid) for pid in children):
         assert time.monotonic() < deadline, "a worker goes on without its parent"
         time.sleep(0.05)
+    assert 0 < len(journalled(out)) < 60
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    annotate([images], tmp_path / "alone", ocr=SlowOCR(), **SETTINGS)
+    assert contents(out) == contents(tmp_path / "alone")
 
 
 def alive(pid: str) -> bool:
@@ -380,13 +379,13 @@ def test_ray_changes_nothing(tmp_path: Path) -> None:
     annotate([images], tmp_path / "alone", detector=DETECTOR, captioner=NumberCaptioner(), batch_size=2)
     # A process that runs on the cluster finds the tests' annotators where this one does.
     ray.init(
-        num_cpus=5, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+        num_cpus=3, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
     )
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        options: dict[str, Any] = {"engine": "ray", "workers": 2, "batch_size": 2}
+        options: dict[str, Any] = {"engine": "ray", "workers": 1, "batch_size": 2}  # one for each step
         report = annotate([images], tmp_path / "ray", detector=DETECTOR, captioner=NumberCaptioner(), **options)
-        with pytest.raises(AnnotationError, match="engine ray: 9 workers need 19 CPU, the cluster has 5"):
+        with pytest.raises(AnnotationError, match="engine ray: 9 workers need 19 CPU, the cluster has 3"):
             annotate([images], tmp_path / "a", detector=DETECTOR, captioner=NumberCaptioner(), engine="ray", workers=9)
     finally:
         ray.shutdown()
