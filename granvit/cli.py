@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from granvit.data import cli as data_cli
+from granvit.data.cli import app as data
 from granvit.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Region ops for Vision Transformers.")
-app.add_typer(data_cli.app, name="data")
+app.add_typer(data, name="data")
 
 
 @app.command()

@@ -10,10 +10,14 @@ import typer
 from granvit.errors import UserError
 
 if TYPE_CHECKING:
+    from granvit.annotate.audit import Audit
     from granvit.annotate.interfaces import OCR, Captioner, Detector
     from granvit.annotate.run import Report
 
+app = typer.Typer()
 
+
+@app.command()
 def annotate(
     images: Annotated[list[str], typer.Argument(help="Files, folders and glob patterns.")],
     out: Annotated[Path, typer.Option(help="Folder of the shards; an unfinished run in it goes on.")],
@@ -88,6 +92,49 @@ def annotate(
         show_report(report)
 
 
+@app.command()
+def audit(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards whose records are the truth.")],
+    kind: Annotated[
+        str | None, typer.Option(help="natural or ocr; left out, ocr where --ocr is given, else natural.")
+    ] = None,
+    detector: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
+    captioner: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
+    ocr: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
+    show: Annotated[str, typer.Option(help="How the captioner sees a box: crop or draw.")] = "crop",
+    device: Annotated[str, typer.Option(help="Where models of transformers run.")] = "cpu",
+    iou: Annotated[float, typer.Option(help="Least intersection over union of a box and its truth.")] = 0.5,
+    score: Annotated[float, typer.Option(help="Least score of a box.")] = 0.5,
+    all_boxes: Annotated[bool, typer.Option("--all-boxes", help="Without the limits of boxes' sizes.")] = False,
+    samples: Annotated[int | None, typer.Option(help="Only so many of this kind.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images that annotators see together.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Annotate images whose truth is known, and print recall, precision and how often the text is exact."""
+    from itertools import islice
+
+    from granvit.annotate import audit as package
+    from granvit.annotate.filters import BoxRules, Filters
+
+    kind = kind or ("natural" if ocr is None else "ocr")
+    nothing = BoxRules(None, None, None)
+    of_kind = (sample for sample in package.shard_samples(shards) if sample[0].kind == kind)
+    result = package.audit(
+        islice(of_kind, samples),
+        kind=kind,
+        detector=None if detector is None else make_detector(detector, device),
+        captioner=None if captioner is None else make_captioner(captioner, show, device),
+        ocr=None if ocr is None else make_ocr(ocr),
+        filters=Filters(natural=nothing, ocr=nothing, score=score) if all_boxes else Filters(score=score),
+        iou=iou,
+        batch_size=batch_size,
+    )
+    if as_json:
+        print(result.to_json().decode())
+    else:
+        show_audit(result)
+
+
 def make_detector(text: str, device: str) -> Detector:
     """The detector that an option names.
 
@@ -146,6 +193,26 @@ def show_report(report: Report) -> None:
         table.add_row(f"dropped: {name}", _count(report.dropped, name), _count(report.boxes_dropped, name))
     table.add_row("written", str(report.samples), str(report.regions))
     Console().print(table)
+
+
+def show_audit(result: Audit) -> None:
+    """Prints what was found of the truth."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "shorter side", "regions", "recall", "exact text", title=f"{result.images} images, IoU {result.iou:g}"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, count in {**result.sizes, "all": result.all}.items():
+        table.add_row(name, str(count.truth), _share(count.recall), _share(count.exact_rate))
+    Console().print(table)
+    print(f"precision {_share(result.precision) or 'unknown, nothing was found'} of {result.found} found regions")
+
+
+def _share(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.1%}"
 
 
 def _count(counts: dict[str, int], name: str) -> str:

@@ -95,6 +95,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JournalError(f"{self.path}: another run is writing it") from None
+        except OSError as error:
+            raise JournalError(f"{self.path}: this file system cannot lock it: {error.strerror}") from error
 
     def _scan(self) -> Any:
         """Finds the batches and cuts off a last line that was not finished; the settings, or None."""

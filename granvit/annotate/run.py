@@ -63,7 +63,7 @@ class Report:
 
 
 def annotate(
-    images: Iterable[str | Path],
+    images: str | Path | Iterable[str | Path],
     out: str | Path,
     *,
     kind: str = "natural",
@@ -87,7 +87,7 @@ def annotate(
     ``report.json``.
 
     Args:
-        images: files, folders and glob patterns, see :func:`granvit.annotate.inputs.list_images`.
+        images: one or more files, folders and glob patterns, see :func:`granvit.annotate.inputs.list_images`.
         out: folder of the shards.
         kind: of the images, ``"natural"`` or ``"ocr"``.
         detector: for natural images.
@@ -117,7 +117,7 @@ def annotate(
     folder = Path(out)
     if (folder / INDEX).exists() and not (folder / JOURNAL).exists():
         raise AnnotationError(f"{folder}: holds shards that no annotation made; choose another folder")
-    files = list_images(images)
+    files = list_images([images] if isinstance(images, (str, Path)) else images)
     settings = {
         **plan.settings(),
         "images": len(files),
