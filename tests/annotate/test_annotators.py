@@ -127,14 +127,14 @@ def test_rapidocr_reads_a_page(reader: RapidOCRReader) -> None:
         bx0, by0, bx1, by1 = (v * s for v, s in zip(line.box, image.size * 2, strict=True))
         assert bx0 <= x0 + 4 <= x1 - 4 <= bx1
         assert by0 <= y0 + 4 <= y1 - 4 <= by1
-        assert box_iou((bx0, by0, bx1, by1), (x0, y0, x1, y1)) > 0.5
+        assert box_iou((bx0, by0, bx1, by1), (x0, y0, x1, y1)) > 0.7
 
 
 def test_a_turned_line_has_an_upright_box(reader: RapidOCRReader) -> None:
-    image, _ = page(["A line that climbs uphill"], size=(700, 700), height=40)
+    image, _ = page(["One line of text that rises"], size=(700, 700), height=40)
     turned = image.rotate(10, fillcolor="white", center=(350, 60))
     (line,) = reader.read([turned])[0]
-    assert line.text == "A line that climbs uphill"
+    assert line.text == "One line of text that rises"
     x0, y0, x1, y1 = line.box
     assert (y1 - y0) * 700 > 100  # of 500 pixels of text at 10 degrees
     assert 0 <= x0 < x1 <= 1
