@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from granvit.annotate import Captions, Detection, TextLine
-from granvit.annotate.interfaces import Box
+from granvit.annotate.interfaces import Box, running
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +46,8 @@ class SlowOCR:
     What it answers depends on the whole batch, as a neural network's last digits do.
     """
 
-    seconds: float = 0.0
-    log: str | None = None
+    seconds: float = running(0.0)
+    log: str | None = running(None)
     name: str = "slow"
 
     def read(self, images: Sequence[Image.Image]) -> list[list[TextLine]]:
