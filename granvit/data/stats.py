@@ -14,7 +14,7 @@ from typing import Any
 from granvit.data.record import SIZES
 from granvit.data.shards import Shard, read_index
 
-DROPS = "drops.json"  # beside the index: how many images and regions each filter left out
+REPORT = "report.json"  # beside the index, where annotation made the shards: what each filter left out
 CAPTION_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 REGION_STEPS = (0, 1, 2, 3, 5, 10, 20, 50, 100)
 SIDE_STEPS = tuple(2**k / 512 for k in range(3, 10))
@@ -39,7 +39,7 @@ class Stats:
         with_global_caption: images that have one.
         same_image: images whose bytes an earlier image has.
         same_region: regions with the box and caption of an earlier region of their image.
-        drops: what annotation or import left out, by reason.
+        drops: images and boxes that annotation left out, by the filter's name.
     """
 
     samples: int = 0
@@ -106,9 +106,11 @@ def collect(folder: str | Path, progress: Callable[[int], None] = lambda samples
                     if words:
                         stats.caption_words[step(words, CAPTION_STEPS)] += 1
         progress(stats.samples)
-    drops = Path(folder) / DROPS
-    if drops.exists():
-        stats.drops = json.loads(drops.read_bytes())
+    report = Path(folder) / REPORT
+    if report.exists():
+        plain = json.loads(report.read_bytes())
+        for what, name in (("image", "dropped"), ("box", "boxes_dropped")):
+            stats.drops |= {f"{what}: {reason}": count for reason, count in plain[name].items() if count}
     return stats
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from granvit.cli import app
 from granvit.data.record import Record, Region
 from granvit.data.shards import ShardWriter
-from granvit.data.stats import DROPS, collect, render
+from granvit.data.stats import REPORT, collect, render
 from granvit.data.view import write_page
 from granvit.errors import UserError
 from tests.data.support import encoded
@@ -65,11 +65,13 @@ def test_drops_that_annotation_counted_are_shown(shards: Path, tmp_path: Path) -
 
     for path in shards.iterdir():
         shutil.copy(path, tmp_path)
-    (tmp_path / DROPS).write_text('{"box area": 12, "short side": 30}')
+    (tmp_path / REPORT).write_text('{"dropped": {"short side": 30, "unreadable": 0}, "boxes_dropped": {"area": 12}}')
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(render(collect(tmp_path), tmp_path))
     text = console.export_text()
-    assert re.search(r"dropped\s+│ short side\s+│\s+30 ", text)
+    assert re.search(r"dropped\s+│ image: short side\s+│\s+30 ", text)
+    assert re.search(r"│ box: area\s+│\s+12 ", text)
+    assert "unreadable" not in text
     assert re.search(r"images that repeat another\s+│ 1 \(16\.7 %\)", text)
 
 
