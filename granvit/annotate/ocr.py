@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ class RapidOCRReader:
 @loaded_once
 def _engine(reader: RapidOCRReader) -> Any:
     try:
-        import onnxruntime  # noqa: F401  (rapidocr itself would say so only at the first image)
+        importlib.import_module("onnxruntime")  # rapidocr itself would miss it only at the first image
         from rapidocr import RapidOCR
     except ImportError:
         raise MissingDependencyError(

@@ -177,7 +177,7 @@ class _OpenShard:
         self.sources: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._file = self.partial.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 
     def add(self, record: Record, data: bytes, image: bytes, extension: str) -> None:
         if record.key in self._keys:

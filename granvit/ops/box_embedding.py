@@ -58,7 +58,7 @@ def box_embedding(
     _check_layers(boxes, frequencies, w1, b1, w2, b2)
     index = _check_target(boxes, w2, out, index, inplace)
     chosen = _dispatch.choose(_OP, impl, boxes.device.type, w1.dtype)
-    if _dispatch.must_check(chosen, boxes.device) and not torch.compiler.is_compiling():
+    if _dispatch.must_check(chosen, boxes.device):
         _check_values(boxes, out, index)
     if chosen == "reference":
         return _run_reference(boxes, frequencies, w1, b1, w2, b2, out, index, inplace)
@@ -135,8 +135,18 @@ def _check_target(boxes: Tensor, w2: Tensor, out: Tensor | None, index: Tensor |
 
 
 def _check_values(boxes: Tensor, out: Tensor | None, index: Tensor | None) -> None:
-    """Checks what boxes and index hold. The CPU kernel checks for itself; this is for all others."""
+    """Checks what boxes and index hold, as :func:`granvit.ops._checks.values` does."""
     finite = boxes.isfinite().all(1)
+    if torch.compiler.is_compiling():
+        torch._assert_async(finite.all(), f"{_OP}: boxes: expected finite values")
+        if out is not None and index is not None:
+            inside = ((index >= 0) & (index < out.shape[0])).all()
+            torch._assert_async(inside, f"{_OP}: index: expected values in [0, rows of out)")
+            # Counted, not sorted: neighbours of a sorted index would bind a graph to three boxes or more.
+            clamped = index.clamp(0, out.shape[0] - 1)
+            times = index.new_zeros(out.shape[0]).scatter_add(0, clamped, torch.ones_like(index))
+            torch._assert_async((times <= 1).all(), f"{_OP}: index: expected no row twice")
+        return
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         raise ValueError(f"{_OP}: boxes: expected finite values, got {boxes[row].tolist()} in row {row}")

@@ -31,7 +31,7 @@ original_add = ShardWriter.add
 def run(order: dict[str, Any]) -> None:
     if "limit" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
-    ShardWriter.add = slow_add  # type: ignore[method-assign]  # so that kills come while shards are written too
+    ShardWriter.add = slow_add  # so that kills come while shards are written too
     annotate([order["images"]], order["out"], ocr=SlowOCR(0.01, order["log"]), **SETTINGS)
 
 

@@ -30,7 +30,7 @@ def make_images(folder: Path, count: int, size: tuple[int, int] = (500, 460), fo
 
 
 def number_of(image: Image.Image) -> int:
-    red, green, _ = image.getpixel((0, 0))  # type: ignore[misc]
+    red, green, _ = image.getpixel((0, 0))
     return int(red) + 256 * int(green)
 
 

@@ -294,7 +294,7 @@ def test_vllm_is_asked_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> No
             return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)]) for text in texts]
 
     module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, lambda **options: options  # type: ignore[attr-defined]
+    module.LLM, module.SamplingParams = LLM, lambda **options: options
     monkeypatch.setitem(sys.modules, "vllm", module)
     captioners._vllm.cache_clear()
     images = noise((40, 60), (50, 50), (33, 90))

@@ -106,6 +106,21 @@ if _dispatch.INTERPRETED:  # on a device it would take the device down, on the C
         with pytest.raises(RuntimeError, match="boxes: expected finite x0 <= x1 and y0 <= y1"):
             compiled(*call.arguments)
 
+    def test_a_triton_graph_asserts_what_rows_it_writes_to() -> None:
+        call = make("box_embedding into a sequence").on("cpu", "triton")
+        compiled = torch.compile(call.function, fullgraph=True)
+        torch.testing.assert_close(compiled(*call.arguments), call.function(*call.arguments))
+        (index,) = call.constants
+        index[0] = index[1]
+        with pytest.raises(RuntimeError, match="box_embedding: index: expected no row twice"):
+            compiled(*call.arguments)
+        index[0] = 40
+        with pytest.raises(RuntimeError, match=r"box_embedding: index: expected values in \[0, rows of out\)"):
+            compiled(*call.arguments)
+        call.leaves[0].detach()[0, 0] = torch.nan
+        with pytest.raises(RuntimeError, match="box_embedding: boxes: expected finite values"):
+            compiled(*call.arguments)
+
 
 @pytest.mark.skipif(_dispatch.INTERPRETED, reason="this is the interpreter")
 def test_triton_in_the_interpreter() -> None:

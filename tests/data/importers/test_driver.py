@@ -203,7 +203,7 @@ def test_the_command_writes_shards_and_prints_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_has_a_command(format: str) -> None:
-    command = get_command(app).commands[format]  # type: ignore[attr-defined]
+    command = get_command(app).commands[format]
     offered = {parameter.name for parameter in command.params}
     needed = {name for name, p in inspect.signature(FORMATS[format]).parameters.items() if p.default is p.empty}
     assert needed - {"drops"} <= offered
