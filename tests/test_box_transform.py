@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from granvit.geometry import BOX_STYLES, BoxTransform, clip, format_box, parse_boxes
+from granvit.geometry import BOX_STYLES, BoxTransform, clip, format_box, parse_boxes, resize_image
 from tests.support import random_boxes
 
 SIDE = st.integers(1, 900)
@@ -100,6 +101,8 @@ def test_pixels_move_with_boxes(data: st.DataObject) -> None:
         )
     )
     moved = transform.image(image)
+    pixels = transform.pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(np.array(moved)))
     assert (moved.height, moved.width) == transform.target
     found = moved.convert("L").point(lambda v: 255 if v > 127 else 0).getbbox()
     assert found is not None
@@ -109,7 +112,32 @@ def test_pixels_move_with_boxes(data: st.DataObject) -> None:
     assert (expected - torch.tensor(found)).abs().max() <= 1 + zoom / 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(SIZE, SIZE, st.booleans())
+def test_resizing_is_as_exact_as_pillow(source: tuple[int, int], size: tuple[int, int], fraction: bool) -> None:
+    """Against the same filter in float64; for whole images, which torch resizes, and for windows inside pixels."""
+    # No black and no white: both filter in two steps and cut what overshoots after the first, which float64 does not.
+    noise = torch.randint(64, 192, (1, 3, *source), dtype=torch.uint8)
+    image = Image.fromarray(noise[0].permute(1, 2, 0).contiguous().numpy())
+    window = (0.25, 0.0, float(source[1]), float(source[0])) if fraction else None
+    ours = torch.from_numpy(np.array(resize_image(image, size, window))).permute(2, 0, 1)
+    pillow = np.array(image.resize(size[::-1], Image.Resampling.BICUBIC, box=window))
+    expected = torch.from_numpy(pillow).permute(2, 0, 1)
+    if fraction:
+        assert torch.equal(ours, expected)
+        return
+    exact = torch.nn.functional.interpolate(noise.double(), size, mode="bicubic", antialias=True)[0]
+    assert (ours - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1
+
+
 def test_an_image_of_another_size_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"BoxTransform.pixels: expected uint8 of shape \(3, 4, 5\), got .*\(3, 5, 4\)"
+    ):
+        BoxTransform.flip((4, 5)).pixels(torch.zeros(3, 5, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"BoxTransform.pixels: expected uint8 .*, got torch.float32"):
+        BoxTransform.flip((4, 5)).pixels(torch.zeros(3, 4, 5))
+    assert not BoxTransform.crop((4, 5), (9, 9, 12, 10)).pixels(torch.ones(3, 4, 5, dtype=torch.uint8)).any()
     with pytest.raises(ValueError, match=r"BoxTransform.image: expected \(4, 5\), got \(5, 4\)"):
         BoxTransform.flip((4, 5)).image(Image.new("RGB", (4, 5)))
     outside = BoxTransform.crop((4, 5), (100, 100, 120, 110)).image(Image.new("RGB", (5, 4), (9, 9, 9)), (1, 2, 3))

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from sklearn.datasets import load_sample_image
 
-from granvit.data.images import ImageError, decode, shard_extension, size_as_shown
+from granvit.data.images import ImageError, decode, frame, shard_extension, size_as_shown
 from granvit.geometry import BoxTransform
 
 
@@ -83,9 +83,10 @@ def test_every_orientation_is_shown_upright(form: str, orientation: int, fit: tu
     if fit is None:
         assert np.abs(array(image) - shown).max() <= 3
     else:
-        expected = Image.fromarray(shown).resize(image.size, Image.Resampling.BICUBIC)
-        assert max(image.size) == 16
-        assert np.abs(array(image) - array(expected)).mean() < 3
+        assert max(image.size) == 16  # so a quarter has 8 by 4 pixels
+        rows, columns = image.height, image.width
+        middles = np.ix_([rows // 4, 3 * rows // 4], [columns // 4, 3 * columns // 4])
+        assert np.abs(array(image)[middles] - shown[4 * middles[0], 4 * middles[1]]).max() <= 3
 
 
 def test_exif_behind_the_pixels_or_broken_counts_as_none() -> None:
@@ -117,6 +118,35 @@ def test_decoding_small_is_decoding_and_resizing(form: str, fit: tuple[int, int]
     assert np.abs(array(moved) - array(expected)).mean() > 2 * np.abs(array(small) - array(expected)).mean()
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(128, 128), (90, 200), (700, 500)])
+def test_a_frame_holds_the_image_where_its_boxes_go(form: str, orientation: int, flip: bool, size: tuple) -> None:
+    image = Image.new("RGB", (400, 300), (40, 40, 40))
+    image.paste((250, 250, 250), (40, 60, 200, 120))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(image, form, exif=exif)
+    pixels, transform = frame(data, size, flip=flip)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, *size))
+    assert (transform.source, transform.target) == (size_as_shown(data), size)
+    # A quarter turn to the right takes (x, y) to (1 - y, x).
+    box = (
+        [40 / 400, 60 / 300, 200 / 400, 120 / 300] if orientation == 1 else [180 / 300, 40 / 400, 240 / 300, 200 / 400]
+    )
+    expected = transform.boxes(torch.tensor(box, dtype=torch.float64)) * torch.tensor([*size[::-1]] * 2)
+    rows, columns = (pixels[0] > 145).nonzero().unbind(1)
+    found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+    assert (found - expected).abs().max() <= 1.5
+    inside = transform.boxes(torch.tensor([0.0, 0.0, 1.0, 1.0])) * torch.tensor([*size[::-1]] * 2)
+    shown = torch.zeros(size, dtype=torch.bool)
+    x0, y0, x1, y1 = inside.round().int().tolist()
+    shown[y0:y1, x0:x1] = True
+    assert (pixels[0][shown] > 20).all()
+    assert (pixels[0][~shown] == 0).all()
+
+
 def test_a_smaller_image_is_not_enlarged() -> None:
     assert decode(saved(quarters(), "PNG"), (512, 512)).size == (64, 32)
     assert decode(saved(Image.new("RGB", (1000, 3)), "PNG"), (100, 100)).size == (100, 1)
@@ -125,6 +155,7 @@ def test_a_smaller_image_is_not_enlarged() -> None:
 
 
 def test_a_jpeg_is_decoded_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(photograph(4), "JPEG")  # 2560 x 1708
     loaded = []
     load = JpegImageFile.load
 
@@ -133,9 +164,8 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch
         return load(self)
 
     monkeypatch.setattr(JpegImageFile, "load", noted)
-    data = saved(photograph(4), "JPEG")  # 2560 x 1708
     assert decode(data, (300, 300)).size == (300, 200)
-    assert max(loaded) == (640, 427)
+    assert max(loaded) == (320, 214)
     loaded.clear()
     decode(data)
     assert max(loaded) == (2560, 1708)
