@@ -209,6 +209,7 @@ SUITES = {
         passes=5,
         device="cuda",
     ),
+    "data": Suite((), device="cpu"),  # bench_data.py
     "smoke": Suite(
         tuple(
             Selection(

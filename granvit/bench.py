@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from granvit import _bench_report, _bench_rows
+from granvit import _bench_pipelines, _bench_report, _bench_rows
 from granvit.errors import MissingDependencyError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,8 @@ def run(
     """Runs a suite, prints its tables, draws its plots and says whether the targets held.
 
     Args:
-        suite: ``"cpu"`` (the CPU targets and the sweeps), ``"gpu"``, ``"sweep"`` or ``"smoke"`` (seconds, tiny shapes).
+        suite: ``"cpu"`` (the CPU targets and the sweeps), ``"gpu"``, ``"sweep"``, ``"data"`` (reading shards) or
+            ``"smoke"`` (seconds, tiny shapes).
         select: a pytest ``-k`` expression over case names such as ``page.b2.q1-bfloat16-full-granvit-0``.
         dtypes: only these dtypes (``"float32"``, ``"bfloat16"``, ``"float16"``); empty means the suite's.
         device: ``"cpu"`` or ``"cuda"``; None leaves it to the suite.
@@ -87,10 +88,13 @@ def run(
             raise UserError(f"bench: {_complaint(Path(f'{stem}.log').read_text())}")
         raise UserError(f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log")
     report = json.loads(path.read_text())
-    failed = _bench_report.show(report, console)
-    cases = _bench_rows.rows(report)
-    ops = _bench_report.ops(report) if plots else []
-    drawn = [op for op in ops if _bench_report.plot(op, cases, Path(f"{stem}-{op}.png"))]
+    if _bench_pipelines.is_pipeline(report):
+        failed, drawn = _bench_pipelines.show(report, console), []
+    else:
+        failed = _bench_report.show(report, console)
+        cases = _bench_rows.rows(report)
+        ops = _bench_report.ops(report) if plots else []
+        drawn = [op for op in ops if _bench_report.plot(op, cases, Path(f"{stem}-{op}.png"))]
     for name in [path.name, *(f"{stem.name}-{op}.png" for op in drawn)]:
         console.print(f"wrote {stem.parent / name}", soft_wrap=True, highlight=False)
     if status == INTERRUPTED:

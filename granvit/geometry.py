@@ -268,8 +268,11 @@ class BoxTransform:
         first, and its height and width there."""
         height, width = self.target
         # The target frame in pixels of the source, then what of it the source has.
-        frame = self.inverse().boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64))
-        x0, y0, x1, y1 = (frame * frame.new_tensor([*self.source[::-1], *self.source[::-1]])).tolist()
+        (x0, x1), (y0, y1) = (
+            # Rounded, because the last bit must not make a fraction of a whole pixel.
+            sorted(round((edge - offset) / scale * side, 6) for edge in (0.0, 1.0))
+            for scale, offset, side in zip(self.scale, self.offset, self.source[::-1], strict=True)
+        )
         seen = (max(x0, 0.0), max(y0, 0.0), min(x1, float(self.source[1])), min(y1, float(self.source[0])))
         if seen[0] >= seen[2] or seen[1] >= seen[3]:
             return None, (0, 0), (0, 0)

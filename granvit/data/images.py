@@ -74,8 +74,8 @@ def decode(data: bytes, fit: tuple[int, int] | None = None, name: str = "image")
             16 bits.
         ValueError: a frame without area.
     """
-    image, size, orientation = _loaded(data, fit, name)
-    return _upright(resize_image(image, size), orientation)
+    image, shown, orientation = _loaded(data, fit, name)
+    return _upright(resize_image(image, _stored(_fitting(shown, fit), orientation)), orientation)
 
 
 def frame(
@@ -98,10 +98,9 @@ def frame(
     Raises:
         ImageError, ValueError: as for :func:`decode`.
     """
-    image, _, orientation = _loaded(data, size, name)
+    image, shown, orientation = _loaded(data, size, name)
     upright = _upright(image, orientation)
     pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    shown = size_as_shown(data, name)
     transform = BoxTransform.letterbox(shown, size)
     if flip:
         transform = transform.then(BoxTransform.flip(size))
@@ -110,20 +109,26 @@ def frame(
 
 
 def _loaded(data: bytes, fit: tuple[int, int] | None, name: str) -> tuple[Image, tuple[int, int], int]:
-    """The first frame in RGB as it is stored; the height and width that it has to get, likewise; its orientation."""
+    """The first frame in RGB as it is stored, no smaller than it has to be; the height and width of the file as shown;
+    its orientation."""
     if fit is not None and min(fit) < 1:
         raise ValueError(f"decode: fit: expected a height and width of at least 1, got {fit}")
     with _opened(data, name) as image:
         orientation = _orientation(image)
-        height, width = _shown(image, orientation)
-        zoom = 1.0 if fit is None else min(1.0, fit[0] / height, fit[1] / width)
-        size = (max(1, round(height * zoom)), max(1, round(width * zoom)))
-        if orientation in _SIDEWAYS:
-            size = size[::-1]
-        if zoom < 1:
-            image.draft(None, size[::-1])
+        shown = _shown(image, orientation)
+        image.draft(None, _stored(_fitting(shown, fit), orientation)[::-1])
         image.load()
-        return _rgb(image, name), size, orientation
+        return _rgb(image, name), shown, orientation
+
+
+def _fitting(shown: tuple[int, int], fit: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width that fit into a frame; those of the image where it does already."""
+    zoom = 1.0 if fit is None else min(1.0, fit[0] / shown[0], fit[1] / shown[1])
+    return max(1, round(shown[0] * zoom)), max(1, round(shown[1] * zoom))
+
+
+def _stored(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size[::-1] if orientation in _SIDEWAYS else size
 
 
 @contextmanager
@@ -170,7 +175,7 @@ def _orientation(image: Image) -> int:
 
 def _shown(image: Image, orientation: int) -> tuple[int, int]:
     """Height and width after the orientation."""
-    return (image.width, image.height) if orientation in _SIDEWAYS else (image.height, image.width)
+    return _stored((image.height, image.width), orientation)
 
 
 def _upright(image: Image, orientation: int) -> Image:
@@ -201,7 +206,7 @@ def _rgb(image: Image, name: str) -> Image:
         canvas = pil.new("RGB", layer.size, (255, 255, 255))
         canvas.paste(layer, mask=layer.getchannel("A"))
         return canvas
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _fits_16_bits(image: Image) -> bool:
