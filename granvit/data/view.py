@@ -69,9 +69,12 @@ def write_page(
 def _plain(sample: Sample) -> dict[str, Any]:
     record = sample.record
     picture, size = _picture(sample)
+    licence, attribution = record.meta.get("licence"), record.meta.get("attribution")
     return {
         "key": record.key,
         "source": record.source,
+        "licence": str(licence or ""),
+        "attribution": [str(text) for text in attribution] if isinstance(attribution, list) else [],
         "kind": record.kind,
         "width": record.width,
         "height": record.height,
