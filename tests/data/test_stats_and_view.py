@@ -90,7 +90,7 @@ def browse(page: Path, script: str = "") -> str:
 
 
 def shown(document: str) -> list[str]:
-    return re.findall(r'<div class="key">(\w+) ', document)
+    return re.findall(r'<div class="key" title="[^"]*">(\w+) ', document)
 
 
 @needs_browser
@@ -158,10 +158,10 @@ def test_licence_and_attribution_are_on_the_page(licensed: Path, tmp_path: Path)
     assert re.findall(r'<footer id="licences">(.*?)</footer>', document) == [f"<p>2 images: {whole}</p>"]
     cards = re.findall(r"<article>.*?</article>", document)
     assert len(cards) == 4
-    assert {card.count(">CC-BY-SA-4.0</div>") for card in cards if re.search("n[01] ", card)} == {1}
+    assert {card.count(" 48 · CC-BY-SA-4.0</div>") for card in cards if re.search("n[01] ", card)} == {1}
     assert not any("CC-BY-SA" in card for card in cards if re.search("n[23] ", card))
     large = browse(page, "enlarge(samples.find(s => s.key === 'n0'))")
-    assert f">{whole}</div>" in large.partition("<dialog")[2]
+    assert '<div class="key">by &lt;OpenMoji&gt;</div><div class="key">china.jpg by D</div>' in large
 
 
 def test_the_scenes_say_whose_they_are(tmp_path: Path) -> None:
@@ -184,6 +184,23 @@ def test_the_longest_word_does_not_widen_the_page(licensed: Path, tmp_path: Path
     document.title = `${boxes.filter(e => e.scrollWidth > e.clientWidth).length} of ${boxes.length} too wide`;
     """
     assert "0 of 5 too wide" in browse(page, script)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "height"), [(600, 150), (150, 600), (300, 300)])
+def test_what_is_enlarged_fits_the_window(tmp_path: Path, width: int, height: int) -> None:
+    with ShardWriter(tmp_path / "s") as writer:
+        regions = tuple(Region((0.0, 0.0, 0.5, 0.5), f"region {i}") for i in range(60))
+        writer.add(Record("n", width, height, "s", regions=regions), encoded(width, height), "jpg")
+    page = tmp_path / "page.html"
+    write_page(tmp_path / "s", page)
+    script = """
+    enlarge(samples[0]);
+    const shown = document.querySelector("dialog img").getBoundingClientRect();
+    const ratio = (shown.width / shown.height).toFixed(2);
+    document.title = `${shown.top >= 0 && shown.bottom <= innerHeight && shown.right <= innerWidth} ${ratio}`;
+    """
+    assert f"<title>true {width / height:.2f}</title>" in browse(page, script)
 
 
 KEYS = """
