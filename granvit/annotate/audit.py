@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from granvit.annotate.interfaces import OCR, AnnotationError, Captioner, Detecto
 from granvit.annotate.stages import Item, Plan, caption, find
 from granvit.data.images import decode
 from granvit.data.record import Record, Region
-from granvit.data.shards import Shard, read_index
+from granvit.data.shards import open_shard, read_index
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,6 +117,7 @@ def audit(
     filters: Filters | None = None,
     iou: float = 0.5,
     batch_size: int = 8,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> Audit:
     """Annotates images whose truth is known and compares.
 
@@ -133,6 +134,7 @@ def audit(
         filters: of boxes and captions, likewise; those of images are not asked.
         iou: least intersection over union of a box and its truth.
         batch_size: images that annotators see together.
+        progress: is told after each batch how many images were looked at.
 
     Raises:
         AnnotationError: annotators that do not fit the kind, an image of another size than its record says, or no
@@ -155,6 +157,7 @@ def audit(
         batch.append((record, Item(file, image, width=record.width, height=record.height)))
         if len(batch) == batch_size:
             _annotated(plan, batch, result)
+            progress(result.images)
             batch = []
     _annotated(plan, batch, result)
     if not result.images:
@@ -169,10 +172,9 @@ def shard_samples(folder: str | Path) -> Iterator[tuple[Record, Image]]:
         ShardError, RecordError, ImageError: a part that cannot be read.
     """
     for info in read_index(folder):
-        path = Path(folder) / info.name
-        with Shard(path) as shard:
+        with open_shard(folder, info) as shard:
             for record, data, _ in shard:
-                yield record, decode(data, name=str(path / record.key))
+                yield record, decode(data, name=str(shard.path / record.key))
 
 
 def match(found: Sequence[Region], truth: Sequence[Region], iou: float) -> list[tuple[int, int]]:

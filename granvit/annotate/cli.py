@@ -59,6 +59,7 @@ def annotate(
     from granvit.annotate import run
     from granvit.annotate.filters import BoxRules, Filters
 
+    _need_annotator(detector, ocr)
     rules = BoxRules(box_ratio, box_area)
     filters = Filters(
         image_side=image_side,
@@ -115,24 +116,38 @@ def audit(
 
     from granvit.annotate import audit as package
     from granvit.annotate.filters import BoxRules, Filters
+    from granvit.data.progress import progress_bar
+    from granvit.data.shards import read_index
 
+    _need_annotator(detector, ocr)
     kind = kind or ("natural" if ocr is None else "ocr")
     nothing = BoxRules(None, None, None)
+    there = sum(info.kinds.get(kind, 0) for info in read_index(shards))
     of_kind = (sample for sample in package.shard_samples(shards) if sample[0].kind == kind)
-    result = package.audit(
-        islice(of_kind, samples),
-        kind=kind,
-        detector=None if detector is None else make_detector(detector, device),
-        captioner=None if captioner is None else make_captioner(captioner, show, device),
-        ocr=None if ocr is None else make_ocr(ocr),
-        filters=Filters(natural=nothing, ocr=nothing, score=score) if all_boxes else Filters(score=score),
-        iou=iou,
-        batch_size=batch_size,
-    )
+    with progress_bar() as bar:
+        task = bar.add_task("annotating", total=there if samples is None else min(samples, there))
+        result = package.audit(
+            islice(of_kind, samples),
+            kind=kind,
+            detector=None if detector is None else make_detector(detector, device),
+            captioner=None if captioner is None else make_captioner(captioner, show, device),
+            ocr=None if ocr is None else make_ocr(ocr),
+            filters=Filters(natural=nothing, ocr=nothing, score=score) if all_boxes else Filters(score=score),
+            iou=iou,
+            batch_size=batch_size,
+            progress=lambda images: bar.update(task, completed=images),
+        )
     if as_json:
         print(result.to_json().decode())
     else:
         show_audit(result)
+
+
+def _need_annotator(detector: str | None, ocr: str | None) -> None:
+    if detector is None and ocr is None:
+        raise UserError(
+            "say who finds the regions: --detector for natural images, or --ocr rapidocr for images of text"
+        )
 
 
 def make_detector(text: str, device: str) -> Detector:
@@ -193,6 +208,8 @@ def show_report(report: Report) -> None:
         table.add_row(f"dropped: {name}", _count(report.dropped, name), _count(report.boxes_dropped, name))
     table.add_row("written", str(report.samples), str(report.regions))
     Console().print(table)
+    if not report.samples:
+        print("No image is left: the table says which limits took them, and --help how to change these.")
 
 
 def show_audit(result: Audit) -> None:

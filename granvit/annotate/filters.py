@@ -10,7 +10,7 @@ from granvit.annotate.interfaces import AnnotationError, Box
 from granvit.data.record import MAX_CAPTION, Region
 
 # Names under which an image is counted that is dropped, and a box; the order is that in which they are asked.
-IMAGE_REASONS = ("unreadable", "image_side", "image_ratio", "no_regions")
+IMAGE_REASONS = ("unreadable", "image_side", "image_ratio", "long_caption", "no_regions")
 BOX_REASONS = (
     *("box_flat", "score", "box_side", "box_ratio", "box_area"),
     *("duplicate", "max_regions", "empty_caption", "long_caption"),

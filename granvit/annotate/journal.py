@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from granvit.annotate.interfaces import AnnotationError
+from granvit.errors import why_not_written
 
 JOURNAL = "journal.jsonl"
 FORMAT = "granvit annotation 1"
@@ -142,10 +142,9 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):  # a line that stays in part is cut off at the next start
                 self._file.truncate(start)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else f"cannot be written: {error.strerror}"
             raise JournalError(
-                f"{self.path}: {what}; {len(self)} finished batches are safe, and the same command goes on from there"
+                f"{self.path}: {why_not_written(error)}; {len(self)} finished batches are safe, "
+                "and the same command goes on from there"
             ) from error
         self._end += len(line)
         return start

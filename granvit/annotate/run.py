@@ -18,6 +18,7 @@ from granvit.annotate.reading import for_shard, read_file
 from granvit.annotate.stages import Plan
 from granvit.data.record import Record
 from granvit.data.shards import INDEX, ShardWriter, write_atomically
+from granvit.errors import why_not_written
 
 REPORT = "report.json"
 ENGINES = ("local", "ray")
@@ -136,7 +137,11 @@ def annotate(
         for number, entries in _shown(results, len(files), done, progress):
             journal.append(number, entries)
         report = _assemble(files, journal, len(parts), folder, shard_samples)
-    write_atomically(folder / REPORT, report.to_json())
+    try:
+        write_atomically(folder / REPORT, report.to_json())
+    except OSError as error:
+        text = f"{folder / REPORT}: {why_not_written(error)}; all shards are safe, and the same command writes it"
+        raise AnnotationError(text) from error
     return report
 
 
@@ -160,7 +165,8 @@ def _shown(
 def _assemble(files: list[ImageFile], journal: Journal, parts: int, folder: Path, shard_samples: int) -> Report:
     """Writes the shards that are not there yet, and counts everything."""
     report = Report()
-    with ShardWriter(folder, samples=shard_samples, append=True) as writer:
+    goes_on = "the same command goes on from there"
+    with ShardWriter(folder, samples=shard_samples, append=True, after_error=goes_on) as writer:
         there = writer.written
         for file, entry in zip(files, journal.entries(parts), strict=True):
             report.add(entry)

@@ -15,7 +15,7 @@ from granvit.annotate.interfaces import OCR, AnnotationError, Box, Captioner, De
 from granvit.annotate.journal import Entry
 from granvit.annotate.reading import read_file
 from granvit.data.images import ImageError, decode
-from granvit.data.record import KINDS, Record, Region
+from granvit.data.record import KINDS, MAX_CAPTION, Record, Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,7 +136,10 @@ def caption(plan: Plan, items: list[Item]) -> list[Item]:
         item.regions, dropped = plan.filters.captions(item.regions)
         item.boxes_dropped += dropped
         item.pixels = None
-        _need_regions(plan, item)
+        if item.caption is not None and len(item.caption) > MAX_CAPTION:
+            item.drop("long_caption", f"{len(item.caption)} characters")
+        else:
+            _need_regions(plan, item)
     return items
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from granvit.data.importers.cli import app as importers
 from granvit.data.scenes.cli import app as scenes
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Make shards of images and regions, and look at them.")
 app.add_typer(importers, name="import")
@@ -28,11 +25,13 @@ def stats(
     """Count what is in a folder of shards: kinds, sources, sizes, captions, repetitions, and what was left out."""
     from rich.console import Console
 
+    from granvit.data.progress import progress_bar
     from granvit.data.shards import read_index
     from granvit.data.stats import collect, render
 
-    with _progress() as bar:
-        task = bar.add_task("reading", total=sum(info.samples for info in read_index(shards)))
+    there = sum(info.samples for info in read_index(shards))
+    with progress_bar() as bar:
+        task = bar.add_task("reading", total=there)
         found = collect(shards, lambda samples: bar.update(task, completed=samples))
     if as_json:
         print(json.dumps(found.plain(), indent=2))
@@ -48,11 +47,13 @@ def view(
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
 ) -> None:
     """Write one self-contained page that shows samples with their boxes and captions, and filters them."""
+    from granvit.data.progress import progress_bar
     from granvit.data.shards import read_index
     from granvit.data.view import write_page
 
-    with _progress() as bar:
-        task = bar.add_task("drawing", total=min(count, sum(info.samples for info in read_index(shards))))
+    there = sum(info.samples for info in read_index(shards))
+    with progress_bar() as bar:
+        task = bar.add_task("drawing", total=min(count, there))
         shown = write_page(shards, out, count=count, seed=seed, progress=lambda n: bar.update(task, completed=n))
     print(f"wrote {out}: {shown} samples")
 
@@ -64,12 +65,3 @@ def verify(shards: Folder) -> None:
 
     files.verify(shards)
     print(f"{shards}: all {len(files.read_index(shards))} shards are what the index says")
-
-
-def _progress() -> Progress:
-    """On stderr, so that what a command prints can be piped."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))

@@ -85,8 +85,7 @@ class Record:
                 raise RecordError(f"record {self.key}: {name}: expected an integer of at least 1, got {value!r}")
         if self.kind not in KINDS:
             raise RecordError(f"record {self.key}: kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not isinstance(self.source, str):
-            raise RecordError(f"record {self.key}: source: expected a string, got {self.source!r}")
+        _check_text(self.key, "source", self.source)
         if self.caption is not None:
             _check_text(self.key, "caption", self.caption)
         for i, region in enumerate(self.regions):
@@ -98,11 +97,18 @@ class Record:
         return replace(self, regions=regions)
 
     def to_json(self) -> bytes:
-        """UTF-8 JSON in one line, the same bytes for the same record."""
+        """UTF-8 JSON in one line, the same bytes for the same record.
+
+        Raises:
+            RecordError: a field holds what it cannot.
+        """
         self.check()
         plain = {name: getattr(self, name) for name in _RECORD_FIELDS}
         plain["regions"] = [{name: getattr(r, name) for name in _REGION_FIELDS} for r in self.regions]
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        try:
+            return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        except (ValueError, TypeError, RecursionError) as error:  # what check() looks at can all be written
+            raise RecordError(f"record {self.key}: meta: expected what JSON in UTF-8 can hold: {error}") from None
 
     @classmethod
     def from_json(cls, data: bytes | str, name: str = "record") -> Record:
@@ -135,7 +141,12 @@ def _region(name: str, plain: object) -> Region:
     if not isinstance(plain, dict) or "box" not in plain or set(plain) - set(_REGION_FIELDS):
         raise RecordError(f"{name}: expected an object of {', '.join(_REGION_FIELDS)}, got {str(plain)[:80]}")
     box = plain["box"]
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+    # JSON's whole numbers have no end, those of a float do.
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(x, (int, float)) and not x > 1e300 for x in box)
+    ):
         raise RecordError(f"{name}: box: expected four numbers, got {str(box)[:80]}")
     return Region(**{**plain, "box": tuple(float(x) for x in box)})
 
@@ -147,10 +158,9 @@ def _check_region(key: str, name: str, region: Region) -> None:
             f"record {key}: {name}: box: expected 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1, got {list(region.box)}"
         )
     _check_text(key, f"{name}: caption", region.caption)
-    if region.score is not None and not (isinstance(region.score, (int, float)) and math.isfinite(region.score)):
+    if region.score is not None and not (isinstance(region.score, (int, float)) and abs(region.score) < math.inf):
         raise RecordError(f"record {key}: {name}: score: expected a finite number or null, got {region.score!r}")
-    if not isinstance(region.origin, str):
-        raise RecordError(f"record {key}: {name}: origin: expected a string, got {region.origin!r}")
+    _check_text(key, f"{name}: origin", region.origin)
 
 
 def _check_text(key: str, name: str, text: object) -> None:

@@ -7,7 +7,6 @@ on the disk, and the index follows it, so that a folder is readable whenever its
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from granvit.data.record import Record, RecordError
-from granvit.errors import UserError
+from granvit.errors import UserError, why_not_written
 
 INDEX = "index.json"
 FORMAT = "granvit shards 1"
@@ -68,6 +67,8 @@ def read_index(folder: str | Path) -> list[ShardInfo]:
         return [ShardInfo(**shard) for shard in plain["shards"]]
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file; a folder of shards has an index") from None
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path}: not an index of shards: {error!r}") from None
 
@@ -79,24 +80,37 @@ class ShardWriter:
         folder: made where it does not exist; where it holds shards, new ones follow only with `append`.
         samples: of a shard at most.
         append: go on after the shards that are there.
+        after_error: what an error of the disk says can be done once the disk is mended.
 
     Raises:
         ShardError: the folder holds shards already, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, *, samples: int = 1000, append: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        samples: int = 1000,
+        append: bool = False,
+        after_error: str = "mend that, and append to them",
+    ) -> None:
         if samples < 1:
             raise ValueError(f"ShardWriter: samples: expected at least 1, got {samples}")
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*.partial"):  # of a writer that was killed: never whole
-            left.unlink()
-        there = (self.folder / INDEX).exists()
-        if there and not append:
-            raise ShardError(f"{self.folder}: holds shards already; choose another folder, or append to them")
-        self.shards: list[ShardInfo] = read_index(self.folder) if there else []
-        self._samples = samples
+        self.shards: list[ShardInfo] = []
+        self._samples, self._after_error = samples, after_error
         self._open: _OpenShard | None = None
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            there = (self.folder / INDEX).exists()
+            self.shards = read_index(self.folder) if there else []
+            if there and not append:
+                raise ShardError(
+                    f"{self.folder}: holds {self.written} samples in {len(self.shards)} finished shards already; "
+                    "choose another folder, append to them (--append), or delete the folder to begin anew"
+                )
+            for left in self.folder.glob(".*.partial"):  # of a writer that was killed: never whole
+                left.unlink()
 
     @property
     def written(self) -> int:
@@ -134,9 +148,10 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._open is not None
-        self.shards.append(self._open.finish())
+        info = self._open.finish()
+        write_atomically(self.folder / INDEX, _index([*self.shards, info]))
+        self.shards.append(info)  # not before: a shard that the index does not hold is overwritten by the next writer
         self._open = None
-        write_atomically(self.folder / INDEX, _index(self.shards))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -145,9 +160,8 @@ class ShardWriter:
             yield
         except OSError as error:
             self.discard()
-            what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot write: {error}"
             safe = f"{self.written} samples in {len(self.shards)} finished shards are safe"
-            raise ShardError(f"{self.folder}: {what}; {safe}") from error
+            raise ShardError(f"{self.folder}: {why_not_written(error)}; {safe}; {self._after_error}") from error
 
     def discard(self) -> None:
         """Drops the shard that is not finished."""
@@ -309,7 +323,10 @@ class Shard:
         return self._bytes(self.places[i].image)
 
     def _bytes(self, place: tuple[int, int]) -> bytes:
-        return os.pread(self._file.fileno(), place[1], place[0])
+        try:
+            return os.pread(self._file.fileno(), place[1], place[0])
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def __iter__(self) -> Iterator[tuple[Record, bytes, str]]:
         for i, place in enumerate(self.places):
@@ -326,15 +343,32 @@ class Shard:
         self.close()
 
 
+def open_shard(folder: str | Path, info: ShardInfo) -> Shard:
+    """A shard of a folder, with as many samples as the index says: one cut between two samples is a whole tar file.
+
+    Raises:
+        ShardError: as for :class:`Shard`, or the number is another.
+    """
+    shard = Shard(Path(folder) / info.name)
+    if len(shard) != info.samples:
+        shard.close()
+        raise ShardError(f"{shard.path}: holds {len(shard)} samples, and {info.samples} by the index")
+    return shard
+
+
 def verify(folder: str | Path) -> None:
     """Compares every shard of a folder with its checksum.
 
     Raises:
-        ShardError: one is missing or was changed.
+        ShardError: one is missing, cannot be read or was changed.
     """
     for info in read_index(folder):
         path = Path(folder) / info.name
         if not path.exists():
             raise ShardError(f"{path}: is in the index and not in the folder")
-        if sha256(path) != info.sha256:
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
+        if found != info.sha256:
             raise ShardError(f"{path}: its checksum is not the one in the index")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from granvit.data.record import SIZES
-from granvit.data.shards import Shard, read_index
+from granvit.data.shards import ShardError, open_shard, read_index
 
 REPORT = "report.json"  # beside the index, where annotation made the shards: what each filter left out
 CAPTION_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -80,12 +80,12 @@ def collect(folder: str | Path, progress: Callable[[int], None] = lambda samples
         progress: is told the number of samples that were read.
 
     Raises:
-        ShardError, RecordError: something cannot be read.
+        ShardError, RecordError: something cannot be read, or a shard does not hold as many samples as the index says.
     """
     stats, seen = Stats(), set()
     for info in read_index(folder):
         stats.bytes += info.bytes
-        with Shard(Path(folder) / info.name) as shard:
+        with open_shard(folder, info) as shard:
             for record, image, _ in shard:
                 stats.samples += 1
                 stats.kinds[record.kind] += 1
@@ -106,12 +106,20 @@ def collect(folder: str | Path, progress: Callable[[int], None] = lambda samples
                     if words:
                         stats.caption_words[step(words, CAPTION_STEPS)] += 1
         progress(stats.samples)
-    report = Path(folder) / REPORT
-    if report.exists():
-        plain = json.loads(report.read_bytes())
-        for what, name in (("image", "dropped"), ("box", "boxes_dropped")):
-            stats.drops |= {f"{what}: {reason}": count for reason, count in plain[name].items() if count}
+    stats.drops = _drops(Path(folder) / REPORT)
     return stats
+
+
+def _drops(report: Path) -> dict[str, int]:
+    """What annotation left out; nothing where no annotation made the shards."""
+    if not report.exists():
+        return {}
+    try:
+        plain = json.loads(report.read_bytes())
+        parts = {what: dict(plain[name]) for what, name in (("image", "dropped"), ("box", "boxes_dropped"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{report}: no report of an annotation: {error!r}; annotate again, or delete it") from error
+    return {f"{what}: {reason}": count for what, part in parts.items() for reason, count in part.items() if count}
 
 
 def render(stats: Stats, folder: str | Path) -> Any:

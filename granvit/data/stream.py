@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from granvit.data.record import Record
-from granvit.data.shards import Shard, ShardError, read_index
+from granvit.data.shards import Shard, ShardInfo, open_shard, read_index
 from granvit.errors import UserError
 
 
@@ -156,7 +156,7 @@ class RegionStream(IterableDataset[Batch]):
         samples, skipped = [], []
         for shard, i in self.places(number):
             try:
-                samples.append(self.prepare(files.sample(self.shards[shard].name, self.shards[shard].samples, i)))
+                samples.append(self.prepare(files.sample(self.shards[shard], i)))
             except UserError as error:
                 if not self.skip_broken:
                     raise
@@ -259,13 +259,11 @@ class _OpenShards:
         self._folder, self._limit = folder, limit
         self._open: OrderedDict[str, Shard] = OrderedDict()
 
-    def sample(self, name: str, expected: int, i: int) -> Sample:
-        shard = self._open.pop(name, None) or Shard(self._folder / name)
-        self._open[name] = shard
+    def sample(self, info: ShardInfo, i: int) -> Sample:
+        shard = self._open.pop(info.name, None) or open_shard(self._folder, info)
+        self._open[info.name] = shard
         if len(self._open) > self._limit:
             self._open.popitem(last=False)[1].close()
-        if len(shard) != expected:
-            raise ShardError(f"{shard.path}: holds {len(shard)} samples, and {expected} by the index")
         return Sample(shard.record(i), shard.image(i), shard.places[i].extension)
 
     def close(self) -> None:

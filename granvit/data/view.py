@@ -13,7 +13,7 @@ from typing import Any
 from granvit.data.images import decode
 from granvit.data.shards import write_atomically
 from granvit.data.stream import RegionStream, Sample
-from granvit.errors import UserError
+from granvit.errors import UserError, why_not_written
 
 TEMPLATE = Path(__file__).with_name("view.html")
 SIDE = 400  # of the pictures in the page, at most
@@ -43,7 +43,7 @@ def write_page(
         How many samples it shows.
 
     Raises:
-        UserError: a shard or an image cannot be read, or there are no samples.
+        UserError: a shard or an image cannot be read, the page cannot be written, or there are no samples.
     """
     stream = RegionStream(folder, 1, seed=seed, window=10**9, prepare=_plain)
     shown: list[dict[str, Any]] = []
@@ -58,17 +58,23 @@ def write_page(
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     page = TEMPLATE.read_text()
     page = page.replace("__TITLE__", html.escape(title or Path(folder).resolve().name)).replace("__DATA__", data)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(out), page.encode())
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(out), page.encode())
+    except OSError as error:
+        raise UserError(f"{out}: {why_not_written(error)}; a page that was there before is as it was") from error
     return len(shown)
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
     record = sample.record
     picture, size = _picture(sample)
+    licence, attribution = record.meta.get("licence"), record.meta.get("attribution")
     return {
         "key": record.key,
         "source": record.source,
+        "licence": str(licence or ""),
+        "attribution": [str(text) for text in attribution] if isinstance(attribution, list) else [],
         "kind": record.kind,
         "width": record.width,
         "height": record.height,

@@ -393,6 +393,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         ("--captioner", "vllm:MODEL"),
         ("--ocr", "rapidocr"),
     ):
-        failed = CliRunner().invoke(app, [*command[:5], wrong, "nobody"])
+        detector = ["--detector", "selective-search"] if wrong == "--captioner" else []
+        failed = CliRunner().invoke(app, [*command[:5], *detector, wrong, "nobody"])
         assert failed.exit_code == 1
         assert text in str(failed.exception)

@@ -29,7 +29,7 @@ def fill(folder: Path, numbers: range, **options: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_same_samples_are_the_same_bytes(tmp_path: Path) -> None:
 
 def test_appending_goes_on_after_what_is_there(tmp_path: Path) -> None:
     fill(tmp_path, range(10), samples=5)
-    with pytest.raises(ShardError, match="holds shards already"):
+    with pytest.raises(ShardError, match=r"holds 10 samples in 2 finished shards already; choose .*\(--append\), or d"):
         fill(tmp_path, range(10, 12))
     fill(tmp_path, range(10, 13), samples=5, append=True)
     assert [s.samples for s in read_index(tmp_path)] == [5, 5, 3]
@@ -91,19 +91,62 @@ def test_an_error_leaves_finished_shards_and_nothing_else(tmp_path: Path) -> Non
     assert [s.samples for s in read_index(tmp_path)] == [4]
 
 
+FULL = "the disk is full; 3 samples in 1 finished shards are safe; mend that, and append to them"
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_full_disk_says_what_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path, samples=3)
     for number in range(4):
         writer.add(some_record(number), encoded(), "jpg")
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-    with pytest.raises(ShardError, match="the disk is full; 3 samples in 1 finished shards are safe"):
+    with pytest.raises(ShardError, match=f"^{tmp_path}: {FULL}"):
         writer.add(some_record(4), encoded(), "jpg")
     assert sorted(contents(tmp_path)) == ["000000.tar", "index.json"]
     verify(tmp_path)
+
+
+@pytest.mark.parametrize("write", ["shards.write_atomically", "shards.os.fsync"])
+def test_what_the_index_could_not_take_is_not_called_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    writer = ShardWriter(tmp_path, samples=3)
+    for number in range(5):
+        writer.add(some_record(number), encoded(color=(number, 0, 0)), "jpg")
+    with monkeypatch.context() as patched:
+        patched.setattr(f"granvit.data.{write}", full)
+        with pytest.raises(ShardError, match=FULL):
+            writer.add(some_record(5), encoded(color=(5, 0, 0)), "jpg")
+    assert [s.samples for s in read_index(tmp_path)] == [3]
+    with ShardWriter(tmp_path, samples=3, append=True) as again:
+        for number in range(again.written, 8):
+            again.add(some_record(number), encoded(color=(number, 0, 0)), "jpg")
+    fill(tmp_path / "whole", range(8), samples=3)
+    assert contents(tmp_path / "whole") == contents(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_or_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    text = "file: cannot be written: File exists; 0 samples in 0 finished shards are safe"
+    with pytest.raises(ShardError, match=text):
+        ShardWriter(tmp_path / "file")
+    with pytest.raises(ShardError, match=r"file/index\.json: Not a directory"):
+        read_index(tmp_path / "file")
+    fill(tmp_path, range(2))
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Shard(tmp_path / "000000.tar") as shard:
+        monkeypatch.setattr(os, "pread", failing)
+        with pytest.raises(ShardError, match=r"000000\.tar: cannot be read: Input/output error"):
+            shard.image(0)
+    monkeypatch.setattr("granvit.data.shards.sha256", failing)
+    with pytest.raises(ShardError, match=r"000000\.tar: cannot be read: Input/output error"):
+        verify(tmp_path)
 
 
 WRITER = """
@@ -124,7 +167,7 @@ def test_a_disk_that_ends_is_a_sentence(tmp_path: Path) -> None:
 
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
-    assert "cannot write: [Errno 27] File too large; 0 samples in 0 finished shards are safe" in run.stderr
+    assert "cannot be written: File too large; 0 samples in 0 finished shards are safe" in run.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -193,6 +236,11 @@ def test_broken_indices_are_named(tmp_path: Path) -> None:
         ({"source": None}, "source: expected a string, got None"),
         ({"caption": "x" * 5000}, "caption: expected at most 4096 characters, got 5000"),
         ({"caption": "\ud800"}, "caption: expected text that UTF-8 can hold"),
+        ({"source": "\ud800"}, "source: expected text that UTF-8 can hold"),
+        ({"meta": {"a": "\ud800"}}, "record a: meta: expected what JSON in UTF-8 can hold"),
+        ({"meta": {"a": float("nan")}}, "record a: meta: expected what JSON in UTF-8 can hold"),
+        ({"meta": {"a": b"bytes"}}, "record a: meta: expected what JSON in UTF-8 can hold"),
+        ({"regions": (Region((0.0, 0.0, 1.0, 1.0), "", None, "\ud800"),)}, r"regions\[0\]: origin: expected text that"),
         ({"regions": (Region((0.5, 0.0, 0.4, 1.0)),)}, r"regions\[0\]: box: expected 0 <= x0 <= x1 <= 1"),
         ({"regions": (Region((0.0, 0.0, 1.2, 1.0)),)}, r"regions\[0\]: box: expected 0 <= x0 <= x1 <= 1"),
         ({"regions": (Region((0.0, 0.0, float("nan"), 1.0)),)}, r"regions\[0\]: box: expected 0 <= x0"),
@@ -215,6 +263,10 @@ def test_impossible_records_are_refused(change: dict, text: str) -> None:
         (b'{"regions": [], "colour": 1}', "fields missing: .*'key'.*, unknown: .*'colour'"),
         (
             b'{"key":"a","width":1,"height":1,"source":"","kind":"ocr","regions":[{"box":[0,1]}]}',
+            "expected four numbers",
+        ),
+        (
+            b'{"key":"a","width":1,"height":1,"source":"","kind":"ocr","regions":[{"box":[0,0,1,1%s]}]}' % (b"0" * 400),
             "expected four numbers",
         ),
         (b'{"key":"a","width":1,"height":1,"source":"","kind":"ocr","regions":[3]}', "expected an object of box"),

@@ -90,7 +90,7 @@ def browse(page: Path, script: str = "") -> str:
 
 
 def shown(document: str) -> list[str]:
-    return re.findall(r'<div class="key">(\w+) ', document)
+    return re.findall(r'<div class="key" title="[^"]*">(\w+) ', document)
 
 
 @needs_browser
@@ -134,6 +134,105 @@ def test_filters(shards: Path, tmp_path: Path, script: str, keys: list[str], cou
     document = browse(page, script)
     assert sorted(shown(document)) == keys
     assert count in document
+
+
+@pytest.fixture(scope="module")
+def licensed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two scenes with drawings over photographs, one without a licence, and one with the longest of words."""
+    folder = tmp_path_factory.mktemp("licensed")
+    with ShardWriter(folder) as writer:
+        for number in range(4):
+            meta = {"licence": "CC-BY-SA-4.0", "attribution": ["by <OpenMoji>", "china.jpg by D"]} if number < 2 else {}
+            regions = (Region((0.0, 0.0, 0.5, 0.5), "x" * 4096 if number == 3 else "a region", None, "a"),)
+            record = Record(f"n{number}", 64, 48, "s", "natural", regions[0].caption, regions, meta)
+            writer.add(record, encoded(color=(40 * number, 90, 20)), "jpg")
+    return folder
+
+
+@needs_browser
+def test_licence_and_attribution_are_on_the_page(licensed: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(licensed, page)
+    document = browse(page)
+    whole = "CC-BY-SA-4.0 · by &lt;OpenMoji&gt; · china.jpg by D"
+    assert re.findall(r'<footer id="licences">(.*?)</footer>', document) == [f"<p>2 images: {whole}</p>"]
+    cards = re.findall(r"<article>.*?</article>", document)
+    assert len(cards) == 4
+    assert {card.count(" 48 · CC-BY-SA-4.0</div>") for card in cards if re.search("n[01] ", card)} == {1}
+    assert not any("CC-BY-SA" in card for card in cards if re.search("n[23] ", card))
+    large = browse(page, "enlarge(samples.find(s => s.key === 'n0'))")
+    assert '<div class="key">by &lt;OpenMoji&gt;</div><div class="key">china.jpg by D</div>' in large
+
+
+def test_the_scenes_say_whose_they_are(tmp_path: Path) -> None:
+    code, _ = run("scenes", "--out", str(tmp_path / "s"), "--count", "3", "--kind", "natural", "--size", "128")
+    assert code == 0
+    write_page(tmp_path / "s", tmp_path / "page.html")
+    data = re.search(r'type="application/json">(.*?)</script>', (tmp_path / "page.html").read_text())
+    assert data is not None
+    for sample in json.loads(data[1]):
+        assert sample["licence"] == "CC-BY-SA-4.0"
+        assert "All emojis designed by OpenMoji" in sample["attribution"][0]
+
+
+@needs_browser
+def test_the_longest_word_does_not_widen_the_page(licensed: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(licensed, page)
+    script = """
+    const boxes = [...document.querySelectorAll("html, .words")];
+    document.title = `${boxes.filter(e => e.scrollWidth > e.clientWidth).length} of ${boxes.length} too wide`;
+    """
+    assert "0 of 5 too wide" in browse(page, script)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "height"), [(600, 150), (150, 600), (300, 300)])
+def test_what_is_enlarged_fits_the_window(tmp_path: Path, width: int, height: int) -> None:
+    with ShardWriter(tmp_path / "s") as writer:
+        regions = tuple(Region((0.0, 0.0, 0.5, 0.5), f"region {i}") for i in range(60))
+        writer.add(Record("n", width, height, "s", regions=regions), encoded(width, height), "jpg")
+    page = tmp_path / "page.html"
+    write_page(tmp_path / "s", page)
+    script = """
+    enlarge(samples[0]);
+    const shown = document.querySelector("dialog img").getBoundingClientRect();
+    const ratio = (shown.width / shown.height).toFixed(2);
+    document.title = `${shown.top >= 0 && shown.bottom <= innerHeight && shown.right <= innerWidth} ${ratio}`;
+    """
+    assert f"<title>true {width / height:.2f}</title>" in browse(page, script)
+
+
+KEYS = """
+const options = {bubbles: true, cancelable: true};
+const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, ...options}));
+const there = () => document.activeElement.getAttribute("aria-label");
+const stops = [...document.querySelectorAll("main [tabindex]")];
+const said = [`${stops.length} stops`];
+stops[0].focus(); said.push(there().replace(samples[0].key, "first"));
+press("Enter"); said.push(at("large").open, there().replace(samples[0].key, "first"));
+press("ArrowLeft"); said.push(there().replace(samples[0].key, "first"));
+press("ArrowRight"); said.push(there().replace(samples[1].key, "second"));
+at("large").querySelector("li").focus(); said.push(at("large").querySelectorAll("rect.lit").length);
+at("large").querySelector("figure").focus(); said.push(at("large").querySelectorAll("rect.lit").length);
+press(" "); said.push(at("large").open);
+at("large").addEventListener("close", () => {
+  said.push(there().replace(samples[1].key, "second"));
+  document.title = said.join("; ");
+});
+"""
+
+
+@needs_browser
+def test_the_keyboard_reaches_everything(shards: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(shards, page)
+    title = re.search("<title>(.*?)</title>", browse(page, KEYS))
+    assert title is not None
+    assert title[1].split("; ") == [
+        *("6 stops", "enlarge first", "true", "close first", "close first", "close second"),
+        *("1", "0", "false", "enlarge second"),
+    ]
 
 
 def test_a_page_needs_samples_that_can_be_read(shards: Path, tmp_path: Path) -> None:

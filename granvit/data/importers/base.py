@@ -201,6 +201,8 @@ def _check_start(path: Path, name: str) -> None:
         start = file.read(64).lstrip(b" \t\r\n")[:1]
     if not start:
         raise AnnotationError(f"{path}: the file is empty")
+    if start in (b"\xef", b"\xfe", b"\xff"):
+        raise AnnotationError(f"{path}: expected UTF-8 without a byte order mark, which it begins with")
     if start != (b"{" if name else b"["):
         expected = f"an object with a list {name}" if name else "a list"
         raise AnnotationError(

@@ -9,10 +9,15 @@ import typer
 
 from granvit.data.importers.driver import ImportReport, import_dataset
 
-app = typer.Typer(no_args_is_help=True, help="Write a published dataset into shards.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Write a published dataset into shards. An import that was stopped does not go on: a rerun begins anew.",
+)
 
 Images = Annotated[Path, typer.Option(help="Folder of the images.")]
-Out = Annotated[Path, typer.Option(help="Folder for the shards.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for the shards; what a stopped import left in it is to be deleted first.")
+]
 Samples = Annotated[int, typer.Option(help="Samples in a shard, at most.", min=1)]
 Append = Annotated[bool, typer.Option("--append", help="Go on after the shards that are there.")]
 Skip = Annotated[bool, typer.Option("--skip-broken", help="Count images that are missing or broken, and go on.")]

@@ -82,7 +82,8 @@ def import_dataset(
     """
     report = ImportReport()
     samples = _samples(format, options, report.counts)
-    with ShardWriter(out, samples=samples_per_shard, append=append) as writer:
+    anew = "make room and import again into an empty folder"
+    with ShardWriter(out, samples=samples_per_shard, append=append, after_error=anew) as writer:
         usable = (found for sample in samples if (found := _looked_at(sample, skip_broken, report.counts)))
         for record, image, extension in islice(usable, limit):
             writer.add(record, image, extension)

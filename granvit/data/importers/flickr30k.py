@@ -58,7 +58,7 @@ def flickr30k(
             boxes.size[1],
             boxes.size[0],
             source,
-            caption=texts[0] if texts else None,
+            caption=caption_text(texts[0], drops, f"{sentences}: {number}") if texts else None,
             regions=distinct(regions, drops),
             meta={"captions": texts},
         )
@@ -114,7 +114,7 @@ class _Boxes:
             root = ElementTree.parse(path).getroot()
         except OSError as error:
             raise AnnotationError(f"{path}: {error.strerror}") from error
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two of encodings it does not know
             raise AnnotationError(f"{path}: no XML: {error}") from error
         self.size = (self._number(root, "size/height"), self._number(root, "size/width"))
         if min(self.size) < 1:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from granvit.data.scenes.photographs import EXTRA, package_file
 from granvit.errors import MissingDependencyError
@@ -137,13 +138,20 @@ def _rasterised(pictogram: Pictogram, canvas: int) -> Image:
 def _tinted(image: Image, tone: tuple[int, int, int]) -> Image:
     from PIL import Image as pil
 
-    light = image.convert("L")
-    bands = [light.point(np.interp(np.arange(256), [0, 128, 255], [0, middle, 255]).tolist()) for middle in tone]
-    return pil.merge("RGBA", [*bands, image.getchannel("A")])
+    colours = _tones(tone)[np.asarray(image.convert("L"))]
+    return pil.fromarray(np.dstack([colours, np.asarray(image.getchannel("A"))]))
+
+
+@lru_cache
+def _tones(tone: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """The colour of each lightness, ``(256, 3)``."""
+    curves = [np.interp(np.arange(256), [0, 128, 255], [0, middle, 255]).round() for middle in tone]
+    return np.stack(curves, axis=1).astype(np.uint8)
 
 
 def _distance(image: Image, tone: tuple[int, int, int]) -> float:
     """Mean difference that a tint makes, over the channels and what is not transparent."""
-    before, after = np.asarray(image, np.float32), np.asarray(_tinted(image, tone), np.float32)
-    opaque = before[..., 3] > 128
-    return float(np.abs(before - after)[opaque][:, :3].mean())
+    opaque = np.asarray(image.getchannel("A")) > 128
+    before = np.asarray(image)[opaque][:, :3]
+    after = _tones(tone)[np.asarray(image.convert("L"))[opaque]]
+    return float(np.abs(before.astype(np.float32) - after).mean())

@@ -149,7 +149,7 @@ def test_limit_and_append(tmp_path: Path) -> None:
         image(tmp_path / f"{i}.jpg")
     files = lines(tmp_path, [f"{i}.jpg" for i in range(5)])
     assert import_dataset("jsonl", out=tmp_path / "out", limit=3, **files).samples == 3
-    with pytest.raises(ShardError, match="holds shards already"):
+    with pytest.raises(ShardError, match="holds 3 samples in 1 finished shards already; choose"):
         import_dataset("jsonl", out=tmp_path / "out", **files)
     import_dataset("jsonl", out=tmp_path / "out", append=True, **files)
     assert [info.samples for info in read_index(tmp_path / "out")] == [3, 5]

@@ -22,7 +22,7 @@ from granvit.cli import app
 from granvit.data.record import Record
 from granvit.data.scenes import SPLITS, SceneComposer, SceneError, material
 from granvit.data.scenes.photographs import PHOTOGRAPHS, package_file
-from granvit.data.scenes.pictograms import TINTS, pictograms
+from granvit.data.scenes.pictograms import TINTS, _tinted, pictograms
 from granvit.data.scenes.scene import Labelled, Layer, Scene
 from granvit.data.shards import Shard, read_index, verify
 from granvit.errors import MissingDependencyError
@@ -316,6 +316,16 @@ def test_the_command_writes_shards(tmp_path: Path) -> None:
     wrong = granvit("scenes", "--out", str(tmp_path / "b"), "--count", "1", "--split", "dev")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("granvit: scenes: split: expected one of")
+
+
+def test_a_tint_gives_each_lightness_its_colour() -> None:
+    pixels = np.random.default_rng().integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    light = image.convert("L")
+    for tone in TINTS.values():
+        curves = [np.interp(np.arange(256), [0, 128, 255], [0, middle, 255]).tolist() for middle in tone]
+        expected = Image.merge("RGBA", [*map(light.point, curves), image.getchannel("A")])
+        assert _tinted(image, tone).tobytes() == expected.tobytes()
 
 
 def test_the_command_draws_a_sheet(tmp_path: Path) -> None:
