@@ -76,7 +76,7 @@ def vision_tokens(tower: PreTrainedModel, pixels: Tensor, layer: int = -1) -> Te
         ``(F, n, C)``, row-major over :func:`grid_of` of the frame.
 
     Raises:
-        TypeError: the tower is none of these, or was compiled as a whole.
+        TypeError: the tower is none of these, or was compiled as a whole; a layer that is no integer.
         ValueError: pixels of wrong shape or dtype, a frame smaller than a patch, a layer that the tower lacks, or
             another frame size than an AIMv2 tower with a learned position table was made for.
     """
@@ -188,8 +188,10 @@ def depth(tower: PreTrainedModel, layer: int) -> int:
     """How many blocks run for hidden_states[layer].
 
     Raises:
-        ValueError: the tower has no such layer.
+        TypeError, ValueError: the tower has no such layer.
     """
+    if not isinstance(layer, int):
+        raise TypeError(f"layer: expected one integer (lists of layers are not supported), got {layer!r}")
     count = len(blocks_of(tower))
     if not -count - 1 <= layer <= count:
         raise ValueError(f"layer: expected -{count + 1} to {count} for a tower of {count} blocks, got {layer}")

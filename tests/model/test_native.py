@@ -25,6 +25,12 @@ PACKED = ["siglip", "clip", "aimv2_native"]
 devices = pytest.mark.parametrize("device", DEVICE_TYPES)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """On GPUs, stock's patch embedding rounds float32 to TF32 unless told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def unfold(crop: Tensor, patch: tuple[int, int]) -> Tensor:
     """Patches (h*w, C*ph*pw) of one crop (C, H, W)."""
     return F.unfold(crop[None], patch, stride=patch)[0].T
@@ -264,6 +270,21 @@ def test_gradients_are_those_of_each_crop_alone(kind):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_blocks():
+    tower = small("siglip", num_hidden_layers=2)
+    batches = [torch.tensor(grids) for grids in ([[2, 3], [4, 4]], [[5, 3], [1, 1], [2, 2]], [[3, 3]])]
+    patches = [random_patches(grids) for grids in batches]
+    expected = [packed_tokens(tower, p, grids) for p, grids in zip(patches, batches, strict=True)]
+    pixels = torch.randn(1, 3, 64, 64)
+    alone = vision_tokens(tower, pixels)
+    torch._dynamo.reset()
+    for block in tower.encoder.layers:
+        block.compile(backend="eager")
+    for p, grids, tokens in zip(patches, batches, expected, strict=True):
+        torch.testing.assert_close(packed_tokens(tower, p, grids), tokens)
+        torch.testing.assert_close(vision_tokens(tower, pixels), alone)  # by the tower's own attention again
 
 
 def test_no_crops():

@@ -248,6 +248,8 @@ def test_other_towers_are_one_clear_sentence():
 def test_a_layer_that_is_not_there(layer):
     with pytest.raises(ValueError, match=f"layer: expected -4 to 3 for a tower of 3 blocks, got {layer}"):
         vision_tokens(small("clip"), torch.randn(1, 3, 64, 64), layer)
+    with pytest.raises(TypeError, match=r"layer: expected one integer .*, got \[-2, -1\]"):
+        vision_tokens(small("clip"), torch.randn(1, 3, 64, 64), [-2, -1])
 
 
 def test_wrong_inputs_are_one_clear_sentence():
