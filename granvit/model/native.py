@@ -142,7 +142,7 @@ def packed_tokens(tower: PreTrainedModel, patches: Tensor, grids: Tensor, layer:
     What :func:`granvit.model.tower.vision_tokens` returns for each crop alone at its own size, up to rounding: the
     patch embedding as a matrix product, the position embedding interpolated for each crop as the model's own method
     does it, and the tower's own blocks with their attention confined. Meant for a teacher: under ``torch.no_grad`` and
-    autocast. Gradients work too, without gradient checkpointing.
+    autocast. Gradients work too, without gradient checkpointing, and so do blocks compiled one by one.
 
     Attention in bfloat16 and float16 on CUDA is ``torch.nn.attention.varlen.varlen_attn``, which every torch that
     granvit supports has; FlexAttention would need compiling, once more for every new number of tokens. Elsewhere, and
