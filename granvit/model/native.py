@@ -213,11 +213,7 @@ class _Crops:
         self.lengths = lengths
         self.longest = int(lengths.max())
         self.device = device
-
-    @functools.cached_property
-    def bounds(self) -> Tensor:
-        """``(R + 1,)`` int32, on the device."""
-        return _move(F.pad(self.lengths.cumsum(0), (1, 0)).int(), self.device)
+        self.bounds = _move(F.pad(lengths.cumsum(0), (1, 0)).int(), device)  # [R + 1], for varlen_attn
 
     @functools.cached_property
     def groups(self) -> list[Tensor]:
