@@ -1,0 +1,1 @@
+"""The model of the recipe: a stock LLaVA, assembled from parts."""
