@@ -1,7 +1,7 @@
 """Recipes: what a training run reads, builds and does, from YAML with overrides.
 
-Of the defaults, AdamW at a rate of 1e-5, 256 images a step, frames of 512 pixels, and the distillation's weight of 1 and
-decay of 0.9 are the paper's (arXiv 2510.21501). The others are ours.
+AdamW at a rate of 1e-5, 256 images a step, frames of 512 pixels, and the distillation's weight of 1 and decay of 0.9
+are the paper's (arXiv 2510.21501). The other defaults are ours.
 """
 
 from __future__ import annotations
