@@ -29,6 +29,7 @@ try:
         PreTrainedTokenizerBase,
     )
     from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.utils import logging
 except ImportError as error:
     raise MissingDependencyError("granvit.model needs transformers: pip install 'granvit[train]'") from error
 
@@ -79,10 +80,14 @@ def _options(source: Source, key: str) -> dict[str, Any]:
 
 
 def _reach(name: str, key: str, load: Callable[[], T]) -> T:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what a checkpoint holds beside the part is no news; what it lacks is an error here
     try:
         return load()
     except (OSError, ValueError, TypeError, KeyError, hub.StrictDataclassError) as error:
         raise PartError(f"{key}: {name}: {_reason(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _reason(error: BaseException) -> str:
@@ -146,8 +151,8 @@ def load_vision(source: Source, config: PretrainedConfig, key: str) -> PreTraine
     if source.config is not None:
         return AutoModel.from_config(config)
     name = place(source, key)
-    # The towers of LLaVA checkpoints; transformers itself knows those of SigLIP and CLIP.
-    mapping = {r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": ""}
+    # Where LLaVA, SigLIP, CLIP and AIMv2 checkpoints keep their tower.
+    mapping = {r"^(?:(?:model\.)?vision_tower\.(?:vision_model\.)?|vision_model\.)": ""}
     model, info = _reach(
         name,
         key,
@@ -176,12 +181,12 @@ def load_language(source: Source, config: PretrainedConfig, key: str) -> PreTrai
     if source.gguf_file is not None:
         # Left packed, the weights would be slow and could not be trained.
         options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        options["config"] = config
     model, info = _reach(
         name,
         key,
-        lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, **options
+        ),
     )
     _complete(name, key, info)
     return model

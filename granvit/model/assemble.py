@@ -23,6 +23,7 @@ from granvit.model._sources import (
 from granvit.train.config import Model, Source
 
 # isort: split
+# After _sources, which says in a sentence where transformers is not installed.
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     LlavaConfig,
@@ -42,6 +43,8 @@ from transformers.image_utils import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+# The others interpolate their position embeddings, or compute them, in every call.
+_FIXED_POSITIONS = ("siglip_vision_model", "clip_vision_model")
 IMAGE_TOKEN, BOX_TOKEN, REGION_TOKEN = "<image>", "<box>", "<region>"
 _ROWS = 64  # an embedding that has to grow grows to a multiple: matmuls like it
 
@@ -151,11 +154,11 @@ def assemble_empty(model: Model, *, device: str = "meta") -> Empty:
     vision, from_where = config_of(model.vision, "model.vision", download=False)
     text, from_there = config_of(model.language, "model.language", download=False)
     vision, text = _tower_config(vision, model), copy.deepcopy(_text_config(text, "model.language"))
-    if "image_size" in vision.to_dict():
+    if vision.model_type in _FIXED_POSITIONS:
         vision.image_size = model.image_size
-    tokens, origin = _tokens(model, text)
+    tokens, image_token, origin = _tokens(model, text)
     text.vocab_size = _rows(text.vocab_size, tokens)
-    config = _llava_config(vision, text, model, image_token=tokens - 1)
+    config = _llava_config(vision, text, model, image_token)
     with initialization.no_init_weights(), torch.device(device):
         llava = LlavaForConditionalGeneration(config)
     llava.tie_weights()
@@ -222,8 +225,8 @@ def _rows(has: int, tokens: int) -> int:
     return has if tokens <= has else -(-tokens // _ROWS) * _ROWS
 
 
-def _tokens(model: Model, text: PretrainedConfig) -> tuple[int, str]:
-    """How many tokens the tokenizer will have, and where that is known from."""
+def _tokens(model: Model, text: PretrainedConfig) -> tuple[int, int, str]:
+    """How many tokens the tokenizer will have, the image token, and where that is known from."""
     source, added = model.language, prompt_tokens(model.prompt)
     try:
         tokenizer = load_tokenizer(source, "model.language", text, download=False)
@@ -232,10 +235,10 @@ def _tokens(model: Model, text: PretrainedConfig) -> tuple[int, str]:
         if source.tokenizer is None and name in PUBLISHED:
             known = PUBLISHED[name][1]
             assert known is not None
-            return known + len(added), "its number of tokens likewise"
+            return known + len(added), known, "its number of tokens likewise"
         tokenizer = load_tokenizer(source, "model.language", text)
     tokenizer.add_special_tokens({"additional_special_tokens": added})
-    return len(tokenizer), "tokenizer read"
+    return len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), "tokenizer read"
 
 
 def _text_config(config: PretrainedConfig, key: str) -> PretrainedConfig:
@@ -254,6 +257,10 @@ def _tower_config(config: PretrainedConfig, model: Model) -> PretrainedConfig:
     patch, size = config.patch_size, model.image_size
     if size % patch:
         raise PartError(f"model.image_size: expected a multiple of the patch of {patch} pixels, got {size}")
+    if model.vision.config is not None:
+        if model.vision.config.get("image_size", size) != size:
+            raise PartError(f"{key}.config.image_size: expected that of model.image_size, {size}, or none")
+        config.image_size = size
     if kind == "siglip_vision_model":
         config.vision_use_head = False
     if kind == "aimv2_vision_model":
@@ -266,13 +273,10 @@ def _tower_config(config: PretrainedConfig, model: Model) -> PretrainedConfig:
 def _at_size(tower: PreTrainedModel, size: int) -> PreTrainedModel:
     """The tower with position embeddings for frames of this size, where it has them fixed in its config."""
     kind = tower.config.model_type
-    if tower.config.image_size == size:
+    if kind not in _FIXED_POSITIONS or tower.config.image_size == size:
         return tower
     config = copy.deepcopy(tower.config)
     config.image_size = size
-    if kind not in ("siglip_vision_model", "clip_vision_model"):  # the others interpolate, or compute, in every call
-        tower.config.image_size = size
-        return tower
     count = (size // config.patch_size) ** 2 + TOWERS[kind].class_tokens
     with torch.no_grad():
         tokens = torch.zeros(1, count, config.hidden_size)
