@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from granvit.train.config import Source
 
 try:
     from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
     from transformers import (
         CONFIG_MAPPING,
         AutoConfig,
@@ -28,7 +30,6 @@ try:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-    from transformers.image_processing_base import ImageProcessingMixin
     from transformers.utils import logging
 except ImportError as error:
     raise MissingDependencyError("granvit.model needs transformers: pip install 'granvit[train]'") from error
@@ -231,15 +232,25 @@ def load_tokenizer(
 
 
 def normalisation(source: Source, default: tuple[list[float], list[float]], key: str) -> tuple[Any, Any, str]:
-    """Mean and standard deviation (of RGB in 0 to 1) that the tower expects, and a note where they are the family's."""
+    """Mean and standard deviation (of RGB in 0 to 1) that the tower expects, and a note where they are the family's.
+
+    Raises:
+        PartError: what the source says of them cannot be read.
+    """
     if source.config is None:
-        name, options = place(source, key), _options(source, key)
+        name, file = place(source, key), "preprocessor_config.json"
         try:
-            found, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
-            found = found.get("image_processor", found)
+            # Not through AutoImageProcessor: it tells no missing file from a missing network.
+            local = Path(name).is_dir()
+            path = Path(name) / file if local else Path(hf_hub_download(name, file, revision=source.revision))
+            found = json.loads(path.read_text(encoding="utf-8"))
             return tuple(found["image_mean"]), tuple(found["image_std"]), ""
-        except (OSError, KeyError) as error:
-            reason = f"{name} says nothing of image_mean and image_std ({type(error).__name__})"
+        except (hub.RemoteEntryNotFoundError, KeyError):
+            pass
+        except (OSError, ValueError) as error:
+            if not (local and isinstance(error, FileNotFoundError)):
+                raise PartError(f"{key}: {file} of {name}: {_reason(error)}") from error
+        reason = f"{name} says nothing of image_mean and image_std"
     else:
         reason = "a config says nothing of image_mean and image_std"
     return tuple(default[0]), tuple(default[1]), f"vision: {reason}, so those of the family are taken: {default}"

@@ -165,7 +165,9 @@ def assemble_empty(model: Model, *, device: str = "meta") -> Empty:
     return Empty(llava, (f"vision: {from_where}", f"language: {from_there}; {origin}"))
 
 
-def swap_language(assembled: Assembled, source: Source, model: Model, *, seed: int = 0) -> Assembled:
+def swap_language(
+    assembled: Assembled, source: Source, model: Model, *, seed: int = 0, key: str = "language"
+) -> Assembled:
     """The same tower with another language model.
 
     The projector is kept where the new model has the width of the old one. Else it is new: both layers of LLaVA's
@@ -176,11 +178,16 @@ def swap_language(assembled: Assembled, source: Source, model: Model, *, seed: i
         source: of the new language model.
         model: section of a recipe that `assembled` was made from.
         seed: of a new projector.
+        key: of the source in the recipe, for errors.
+
+    Raises:
+        PartError: as :func:`assemble`.
+        MissingDependencyError: likewise.
     """
     tower = assembled.llava.model.vision_tower
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        language, tokenizer, notes = _load_language(source, "language", model)
+        language, tokenizer, notes = _load_language(source, key, model)
         llava = _join(tower, language, tokenizer, model)
     old, new = (x.config.text_config.hidden_size for x in (assembled.llava, llava))
     if old == new:

@@ -42,6 +42,12 @@ class Layout:
     supervised: int
 
     @property
+    def dropped(self) -> float:
+        """Share of the text of an image that its row has no room for."""
+        text = sum(q + a for q, a in self.pairs)
+        return max(0.0, (self.prefix + text - self.length) / text) if text else 0.0
+
+    @property
     def density(self) -> float:
         """Share of a dense attention square that the mask of packed pairs lets through."""
         seen = self.prefix**2 / 2 + sum((q + a) * (self.prefix + (q + a) / 2) for q, a in self.pairs)

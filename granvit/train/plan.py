@@ -288,6 +288,10 @@ def render(planned: Plan, width: int = 110) -> str:
         table.add_row(
             "sequences", f"{shapes.rows} x {shapes.length} of {shapes.images} images, in one micro-batch of a rank"
         )
+        if shapes.dropped > 0.01:
+            table.add_row(
+                "", f"about {shapes.dropped:.0%} of the text does not fit into data.max_length and is dropped"
+            )
         teacher = f", {_si(stage.teacher)} teacher" if stage.teacher else ""
         table.add_row("FLOPs a step", f"{_si(stage.forward)} forward, {_si(stage.backward)} backward{teacher}")
         memory = ", ".join(f"{name} {_si(size)}B" for name, size in stage.memory.items() if size)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import errors as hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -367,6 +368,44 @@ def test_no_network_is_one_sentence(tokenizer: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(PartError, match=r"model\.vision: granvit/no-such-model: not in the local cache, and the hub"):
         assemble.assemble(model(tokenizer, Source(name="granvit/no-such-model")))
+
+
+def test_normalisation_falls_back_only_where_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = ([0.1] * 3, [0.2] * 3)
+    mean, std, note = _sources.normalisation(Source(name=str(tmp_path)), default, "model.vision")
+    assert (mean, std) == ((0.1,) * 3, (0.2,) * 3)
+    assert "says nothing of image_mean" in note
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(PartError, match=r"model\.vision: preprocessor_config\.json of .*: Expecting property name"):
+        _sources.normalisation(Source(name=str(tmp_path)), default, "model.vision")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PartError, match=r"model\.vision: preprocessor_config\.json of granvit/none: not in the local cache"
+    ):
+        _sources.normalisation(Source(name="granvit/none"), default, "model.vision")
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (hub.GatedRepoError, "its licence must be accepted on the hub first, then log in with: hf auth login"),
+        (hub.RepositoryNotFoundError, "neither a folder nor a model on the hub that can be read"),
+        (hub.LocalEntryNotFoundError, "not in the local cache, and the hub cannot be reached"),
+        (RuntimeError, "the first sentence"),
+    ],
+)
+def test_what_the_hub_says_is_one_sentence(
+    cause: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        error = OSError("the first\n sentence. And\nmore.")
+        error.__cause__ = cause.__new__(cause)
+        raise error
+
+    monkeypatch.setattr(_sources.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(PartError) as caught:
+        _sources.config_of(Source(name="some/model"), "model.vision")
+    assert str(caught.value) == f"model.vision: some/model: {message}"
 
 
 def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,15 @@ def test_layout_and_density_of_packed_pairs(model: Model) -> None:
     assert wide.density == pytest.approx(float(5 * image.sum() / (3 * (2 * alone) ** 2)), rel=0.02)
 
 
+def test_text_without_room_is_dropped_and_said(model: Model) -> None:
+    tight = recipe(model, stage("vision"), max_length=219)  # of 377
+    shapes = layout(tight.data, stage("vision"), images=2, tokens=36)
+    assert (shapes.rows, shapes.length) == (2, 219)
+    assert shapes.dropped == pytest.approx(0.5)
+    assert "about 50% of the text does not fit" in render(plan(tight, CPU))
+    assert layout(recipe(model, stage("vision")).data, stage("vision"), 2, 36).dropped == 0
+
+
 def test_layout_of_conversations_and_tiles(model: Model) -> None:
     data = Data(train=(DataSource(llava="a.json", images="b"),), max_length=8192, tiles=4)
     shapes = layout(data, stage("language", tasks={"chat": 1.0}), images=2, tokens=36)
