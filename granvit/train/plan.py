@@ -282,12 +282,15 @@ def render(planned: Plan, width: int = 110) -> str:
         table.add_column(justify="left")
         for part in PARTS:
             if stage.trained[part] or stage.frozen[part]:
-                table.add_row(part, f"{_si(stage.trained[part])} trained, {_si(stage.frozen[part])} frozen")
+                table.add_row(part, f"{_count(stage.trained[part])} trained, {_count(stage.frozen[part])} frozen")
         shapes = stage.layout
-        table.add_row("a step", f"{_si(stage.image_tokens)} image tokens, about {_si(stage.text_tokens)} text tokens")
-        table.add_row(
-            "sequences", f"{shapes.rows} x {shapes.length} of {shapes.images} images, in one micro-batch of a rank"
-        )
+        if shapes.rows:
+            tokens = f"{_count(stage.image_tokens)} image tokens, about {_count(stage.text_tokens)} text tokens"
+            table.add_row("a step", tokens)
+            rows = f"{shapes.rows} x {shapes.length} of {shapes.images} images, in one micro-batch of a rank"
+            table.add_row("sequences", rows)
+        else:
+            table.add_row("a step", "images only: the language model does not run")
         if shapes.dropped > 0.01:
             table.add_row(
                 "", f"about {shapes.dropped:.0%} of the text does not fit into data.max_length and is dropped"
@@ -306,8 +309,8 @@ def render(planned: Plan, width: int = 110) -> str:
         f"Device: {planned.world_size} x {device.name}, {_si(device.flops)}FLOP/s, and {device.utilisation:.0%} of it "
         "is assumed to be reached.",
         "FLOPs and activations: counted by running a micro-batch on fake tensors. Memory: weights (frozen ones in the "
-        "compute dtype, trained ones 4 bytes a parameter), gradients 4, AdamW 8, teacher 4; and activations. What the "
-        "framework and fragmentation take comes on top.",
+        "compute dtype, trained ones 4 bytes a parameter), gradients 4, AdamW 8, teacher 4, none of it sharded among "
+        "ranks; and activations. What the framework and fragmentation take comes on top.",
         f"Assumed: tokens of (question, answer): {TEXT_TOKENS}; all regions that a stage asks about are there; native "
         f"crops have {NATIVE_SHARE:.0%} of a frame.",
         *planned.notes,
@@ -323,6 +326,10 @@ def _total(stage: StagePlan) -> str:
         return ""
     seconds = stage.steps * stage.seconds
     return f", {seconds / 3600:.1f} h" if seconds > 7200 else f", {seconds / 60:.1f} min"
+
+
+def _count(x: float) -> str:
+    return _si(x).strip()
 
 
 def _si(x: float) -> str:

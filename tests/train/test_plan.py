@@ -237,6 +237,8 @@ def test_text_of_a_plan(model: Model) -> None:
         "assumed",
     ):
         assert expected in text
+    warm = stage("vision", objective="contrastive", tasks={})
+    assert "the language model does not run" in render(plan(recipe(replace(model, prompt="region"), warm), CPU))
     small = replace(planned.device, memory=1e6)
     assert "does not fit" in render(Plan("tiny", small, 1, plan(recipe(model, stage("vision")), small).stages, ()))
 
