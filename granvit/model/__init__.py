@@ -1,1 +1,1 @@
-"""GranViT on stock transformers classes: vision towers, packed sequences, and the model that trains on them."""
+"""The model of the recipe: a stock LLaVA, assembled from parts and trained on packed images and questions."""
