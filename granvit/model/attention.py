@@ -42,7 +42,7 @@ def packed_mask(image: Tensor, pair: Tensor, implementation: str) -> Tensor | Bl
     if implementation == "flex_attention":
         # Compiled, because otherwise the dense mask is made first, with several copies.
         compiled = image.device.type == "cuda"
-        return create_block_mask(_rule(image, pair), rows, None, length, length, image.device.type, _compile=compiled)
+        return create_block_mask(_rule(image, pair), rows, None, length, length, image.device, _compile=compiled)
     place = torch.arange(length, device=image.device)
     row = torch.arange(rows, device=image.device)[:, None, None]
     return _rule(image, pair)(row, row, place[:, None], place)[:, None]

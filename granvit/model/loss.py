@@ -42,7 +42,7 @@ def token_losses(head: nn.Module, hidden: Tensor, labels: Tensor, *, fused: bool
     if fused and reason is not None:
         raise ValueError(f"GranViT: fused_loss: expected what liger-kernel can run, but {reason}")
     _announce(reason)
-    if reason is None:
+    if reason is None and len(hidden):  # liger-kernel divides by the number of tokens
         return _fused(head, hidden, labels)
     out_features = getattr(head, "out_features", None)
     chunk = max(1, _CHUNK_ELEMENTS // out_features) if out_features else 512

@@ -192,7 +192,8 @@ def pack(
 
 def _reserved(pair: Pair, dropped: Counter[str]) -> bool:
     found = IMAGE in pair.question or any(token in pair.answer for token in (IMAGE, BOX, REGION))
-    dropped["special token in the text"] += found
+    if found:
+        dropped["special token in the text"] += 1
     return found
 
 

@@ -43,7 +43,8 @@ PARTS = (
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
 )
-WORDS = "a red kite over two dogs , é 犬 on the [0.25, 0.5, 0.75, 1.0] left of it\n\nwhere? Describe what is".split(" ")
+TEXT = "a red kite over two dogs , é 犬 on the [0.25, 0.5, 0.75, 1.0] left of it\n\nwhere? Describe what is"
+WORDS = TEXT.split(" ")
 
 
 @cache
@@ -57,7 +58,7 @@ def _trained() -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 20 + ["user\nassistant\n"] * 20, trainer)
+    tokenizer.train_from_iterator([TEXT] * 20 + ["user\nassistant\n"] * 20, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer.to_str()
 
@@ -103,12 +104,13 @@ def tiny_llava(
     rows: int = 448,
     dtype: torch.dtype = torch.float64,
     attention: str = "sdpa",
+    width: int = 16,
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA of a few thousand parameters, with the special tokens in its vocabulary."""
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[text]
     language = config(
         vocab_size=rows,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,

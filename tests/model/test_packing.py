@@ -145,7 +145,7 @@ def test_special_tokens_use_the_room_of_the_embedding() -> None:
 
 
 def test_places_of_prompts_and_of_labels(chatml: Prompts, rng: random.Random) -> None:
-    samples = [random_sample(rng, pairs=rng.randint(1, 5), frames=rng.randint(1, 3), token="<box>") for _ in range(6)]
+    samples = [random_sample(rng, pairs=rng.randint(2, 5), frames=rng.randint(1, 3), token="<box>") for _ in range(6)]
     batch = pack(samples, chatml, N, 400, pad_to_multiple_of=16)
     check_structure(batch, samples, chatml)
     assert batch.prompt == "box"
@@ -239,8 +239,8 @@ def plain_mask(batch: PackedBatch) -> Tensor:
 
 
 def test_masks(chatml: Prompts, rng: random.Random) -> None:
-    samples = [random_sample(rng, pairs=rng.randint(1, 4)) for _ in range(7)]
-    batch = pack(samples, chatml, N, 230)
+    samples = [random_sample(rng, pairs=rng.randint(2, 5)) for _ in range(9)]
+    batch = pack(samples, chatml, N, 400)
     assert len(batch.input_ids) > 1
     dense, blocks = (packed_mask(batch.image, batch.pair, name) for name in ("sdpa", "flex_attention"))
     assert isinstance(dense, Tensor)
@@ -282,9 +282,9 @@ def test_chat_templates_that_cannot_serve(message: str) -> None:
 def test_tokenizers_that_cannot_serve() -> None:
     with pytest.raises(PromptError, match="expected <image> as a special token; .*add_special_tokens adds it"):
         Prompts(byte_level())
+    tokenizer = byte_level()
+    tokenizer.chat_template = None
     with pytest.raises(PromptError, match="expected a chat template, got none"):
-        tokenizer = byte_level()
-        tokenizer.chat_template = None
         Prompts(tokenizer)
 
 
