@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,14 +39,24 @@ def packed_mask(image: Tensor, pair: Tensor, implementation: str) -> Tensor | Bl
             f"packed_mask: attention of the language model: expected {' or '.join(IMPLEMENTATIONS)}, "
             f"got {implementation!r}; load the model with attn_implementation={{'text_config': 'sdpa'}}"
         )
-    rows, length = image.shape
     if implementation == "flex_attention":
-        # Compiled, because otherwise the dense mask is made first, with several copies.
-        compiled = image.device.type == "cuda"
-        return create_block_mask(_rule(image, pair), rows, None, length, length, image.device, _compile=compiled)
+        return _blocks(image, pair, compiled=image.device.type == "cuda")
+    rows, length = image.shape
     place = torch.arange(length, device=image.device)
     row = torch.arange(rows, device=image.device)[:, None, None]
     return _rule(image, pair)(row, row, place[:, None], place)[:, None]
+
+
+def _blocks(image: Tensor, pair: Tensor, *, compiled: bool) -> BlockMask:
+    """Compiled, because otherwise the dense mask is made first, with several copies."""
+    rows, length = image.shape
+    create = _compiled_create() if compiled else create_block_mask
+    return create(_rule(image, pair), rows, None, length, length, device=image.device)
+
+
+@functools.cache
+def _compiled_create() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
 
 
 def _rule(image: Tensor, pair: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerBase
 
 from granvit.data.tasks import Pair
+from granvit.model import attention
 from granvit.model.attention import packed_mask
 from granvit.model.packing import PackedBatch, PackingError, Sample, pack
 from granvit.model.prompts import PromptError, Prompts, add_special_tokens
@@ -252,6 +253,12 @@ def test_masks(chatml: Prompts, rng: random.Random) -> None:
     query, key, value = torch.randn(3, rows, 2, length, 16)
     by_blocks = flex_attention(query, key, value, block_mask=blocks)
     torch.testing.assert_close(by_blocks, scaled_dot_product_attention(query, key, value, dense))
+
+
+def test_the_mask_that_is_compiled_for_gpus(chatml: Prompts, rng: random.Random) -> None:
+    batch = pack([random_sample(rng, pairs=rng.randint(2, 5)) for _ in range(9)], chatml, N, 400)
+    blocks = attention._blocks(batch.image, batch.pair, compiled=True)
+    assert torch.equal(blocks.to_dense(), attention._blocks(batch.image, batch.pair, compiled=False).to_dense())
 
 
 def test_an_answer_that_merges_with_the_generation_prompt_is_supervised_from_the_merge_on() -> None:
