@@ -103,7 +103,7 @@ def tiny_llava(
     patch: int = 8,
     rows: int = 448,
     dtype: torch.dtype = torch.float64,
-    attention: str = "sdpa",
+    attention: str | dict[str, str] = "sdpa",
     width: int = 16,
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA of a few thousand parameters, with the special tokens in its vocabulary."""

@@ -323,7 +323,7 @@ def test_generate_is_stock_generate(prompts: Prompts) -> None:
 
 @pytest.mark.parametrize("prompt", ["box", "region"])
 def test_generate_answers_as_the_loss_was_taught(prompts: Prompts, rng: random.Random, prompt: str) -> None:
-    """Each step of a greedy answer is the likeliest token of the packed form of the same question and answer."""
+    """What follows a question is what follows it in the packed form."""
     model = tiny(prompts, prompt).eval()
     sample = random_sample(rng, pairs=4, frames=2, token=f"<{prompt}>")
     other = random_sample(rng, pairs=2, token=f"<{prompt}>")
@@ -334,19 +334,30 @@ def test_generate_answers_as_the_loss_was_taught(prompts: Prompts, rng: random.R
     boxes = [[None if p.region is None else s.boxes[p.region].tolist() for p in s.pairs] for s in samples]
     frames = [[0 if p.region is None else int(s.frame[p.region]) for p in s.pairs] for s in samples]
     pixels = torch.cat([s.pixels for s in samples])
+    made: list[Tensor] = []
+    hook = model.llava.lm_head.register_forward_hook(lambda *a: made.append(a[2]))
     answers = model.generate(
         prompts, pixels, questions, boxes, frames=[2, 1], box_frames=frames, batch_size=4, max_new_tokens=1
     )
+    after_questions = iter(torch.cat(made)[:, -1])
     for s, of_image in zip(samples, answers, strict=True):
         for pair, answer in zip(s.pairs, of_image, strict=True):
-            question = Sample(s.pixels, [pair], s.boxes, s.frame)
-            batch = pack([question], prompts, N, 4096)
-            logits: list[Tensor] = []
-            hook = model.llava.lm_head.register_forward_hook(lambda *a, logits=logits: logits.append(a[2]))
-            model(batch)
-            hook.remove()
-            likeliest = logits[0][0].argmax()
-            assert answer == prompts.tokenizer.decode([int(likeliest)], skip_special_tokens=True).strip()
+            made.clear()
+            model(pack([Sample(s.pixels, [pair], s.boxes, s.frame)], prompts, N, 4096))
+            first = made[0][0]
+            torch.testing.assert_close(next(after_questions), first, rtol=1e-5, atol=1e-5)
+            assert answer == prompts.tokenizer.decode([int(first.argmax())], skip_special_tokens=True).strip()
+    hook.remove()
+
+
+def test_generate_leaves_the_attention_as_it_was(prompts: Prompts) -> None:
+    model = tiny(prompts, attention={"text_config": "flex_attention", "vision_config": "sdpa"}).eval()
+    language = model.llava.model.language_model
+    used: list[str] = []
+    language.register_forward_pre_hook(lambda *a: used.append(language.config._attn_implementation))
+    model.generate(prompts, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), [["what"]], max_new_tokens=2)
+    assert set(used) == {"sdpa"}
+    assert language.config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
