@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from granvit import geometry
+from granvit.errors import MissingDependencyError
 from granvit.model.attention import packed_mask
 from granvit.model.loss import token_losses
 from granvit.model.packing import PackedBatch
 from granvit.model.prompts import Prompts
 from granvit.nn import BoxEmbedding, RegionAttentionPool
+
+try:
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+except ImportError as error:
+    raise MissingDependencyError("granvit.model needs transformers: pip install granvit[train]") from error
 
 PROMPTS = ("text", "box", "region", "mixed")
 

@@ -10,9 +10,7 @@ from granvit.errors import MissingDependencyError, UserError
 try:
     from transformers import AddedToken, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 except ImportError as error:
-    raise MissingDependencyError(
-        "granvit.model needs transformers: pip install transformers, or granvit[train]"
-    ) from error
+    raise MissingDependencyError("granvit.model needs transformers: pip install granvit[train]") from error
 
 IMAGE, BOX, REGION = "<image>", "<box>", "<region>"
 SPECIAL = (IMAGE, BOX, REGION)

@@ -6,6 +6,7 @@ import importlib.util
 import random
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -24,9 +25,11 @@ from transformers import (
 )
 
 from granvit.data.tasks import Pair
+from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts, add_special_tokens
 
+SIZE, PATCH, N = 24, 8, 9  # of frames and patches in pixels, and the tokens of a frame
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -99,8 +102,8 @@ def tiny_llava(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text: str = "llama",
-    size: int = 24,
-    patch: int = 8,
+    size: int = SIZE,
+    patch: int = PATCH,
     rows: int = 448,
     dtype: torch.dtype = torch.float64,
     attention: str | dict[str, str] = "sdpa",
@@ -145,6 +148,21 @@ def tiny_llava(
     return llava.to(dtype)
 
 
+def tiny(prompts: Prompts, prompt: str = "text", **options: Any) -> GranViT:
+    """A GranViT on a tiny LLaVA, its heads as random as the rest."""
+    llava = tiny_llava(prompts.tokenizer, **options)
+    model = GranViT(llava, prompt=prompt).to(llava.dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def stock_pixels(pixels: Tensor) -> Tensor:
+    """As SigLIP's image processor normalises them, in float64."""
+    return (pixels.double() / 255 - 0.5) / 0.5
+
+
 def words(rng: random.Random, most: int = 6) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(1, most))).strip()
 
@@ -155,7 +173,7 @@ def random_boxes(count: int) -> Tensor:
 
 
 def random_sample(
-    rng: random.Random, *, pairs: int, size: int = 24, frames: int = 1, token: str = "", kind: str = "natural"
+    rng: random.Random, *, pairs: int, size: int = SIZE, frames: int = 1, token: str = "", kind: str = "natural"
 ) -> Sample:
     """Random pixels, boxes and words; with a token, questions about a region hold it."""
     boxes = random_boxes(pairs + 1)

@@ -19,6 +19,9 @@ from tests.model.support import (
     CHATML,
     INSTRUCT,
     PARTS,
+    PATCH,
+    SIZE,
+    N,
     byte_level,
     processor,
     prompts_for,
@@ -36,7 +39,6 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase | None]] = {
     "parts": lambda: byte_level(PARTS),
     "smollm2": smollm2,
 }
-SIZE, PATCH, N = 24, 8, 9
 
 
 @pytest.fixture
