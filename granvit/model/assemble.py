@@ -20,7 +20,9 @@ from granvit.model._sources import (
     normalisation,
     place,
 )
-from granvit.train.config import Model, Source
+from granvit.model.prompts import IMAGE, SPECIAL, add_special_tokens, rows
+from granvit.model.tower import FAMILIES, unused_parameters
+from granvit.recipe import Model, Source
 
 # isort: split
 # After _sources, which says in a sentence where transformers is not installed.
@@ -45,30 +47,18 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 # The others interpolate their position embeddings, or compute them, in every call.
 _FIXED_POSITIONS = ("siglip_vision_model", "clip_vision_model")
-IMAGE_TOKEN, BOX_TOKEN, REGION_TOKEN = "<image>", "<box>", "<region>"
-_ROWS = 64  # an embedding that has to grow grows to a multiple: matmuls like it
-
-
-@dataclass(frozen=True)
-class _Tower:
-    """What has to be known of a family: tokens before the patches (without registers), its normalisation, and what is
-    not used where the projector reads the last hidden state."""
-
-    class_tokens: int
-    normalisation: tuple[list[float], list[float]]
-    unused: tuple[str, ...]
 
 
 _IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 _CLIP = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-_HALVES = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
-TOWERS = {
-    "siglip_vision_model": _Tower(0, _HALVES, ("post_layernorm.", "head.")),
-    "clip_vision_model": _Tower(1, _CLIP, ("post_layernorm.",)),
-    "dinov2": _Tower(1, _IMAGENET, ("layernorm.", "embeddings.mask_token")),
-    "dinov2_with_registers": _Tower(1, _IMAGENET, ("layernorm.", "embeddings.mask_token")),
-    "dinov3_vit": _Tower(1, _IMAGENET, ("norm.", "embeddings.mask_token")),
-    "aimv2_vision_model": _Tower(0, _CLIP, ("rms_norm.", "head.")),
+# What each family's published processors subtract and divide by, for towers that come without one.
+NORMALISATION = {
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "clip_vision_model": _CLIP,
+    "dinov2": _IMAGENET,
+    "dinov2_with_registers": _IMAGENET,
+    "dinov3_vit": _IMAGENET,
+    "aimv2_vision_model": _CLIP,
 }
 
 
@@ -123,7 +113,7 @@ def assemble(model: Model, *, seed: int = 0) -> Assembled:
     """
     config, origin = config_of(model.vision, "model.vision")
     config, notes = _tower_config(config, model), [f"vision: {origin}"]
-    mean, std, note = normalisation(model.vision, TOWERS[config.model_type].normalisation, "model.vision")
+    mean, std, note = normalisation(model.vision, NORMALISATION[config.model_type], "model.vision")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = _at_size(load_vision(model.vision, config, "model.vision"), model.image_size)
@@ -157,7 +147,7 @@ def assemble_empty(model: Model, *, device: str = "meta") -> Empty:
     if vision.model_type in _FIXED_POSITIONS:
         vision.image_size = model.image_size
     tokens, image_token, origin = _tokens(model, text)
-    text.vocab_size = _rows(text.vocab_size, tokens)
+    text.vocab_size = rows(text.vocab_size, tokens)
     config = _llava_config(vision, text, model, image_token)
     with initialization.no_init_weights(), torch.device(device):
         llava = LlavaForConditionalGeneration(config)
@@ -198,12 +188,6 @@ def swap_language(
     return replace(assembled, llava=llava, tokenizer=tokenizer, notes=("vision: kept", kept, *notes))
 
 
-def prompt_tokens(prompt: str) -> list[str]:
-    """The special tokens that a model with these prompts has."""
-    more = {"text": [], "box": [BOX_TOKEN], "region": [REGION_TOKEN], "mixed": [BOX_TOKEN, REGION_TOKEN]}
-    return [IMAGE_TOKEN, *more[prompt]]
-
-
 def _load_language(
     source: Source, key: str, model: Model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -214,27 +198,17 @@ def _load_language(
     head = language.get_output_embeddings()
     if head is None or head.bias is not None:
         raise PartError(f"{key}: {config.model_type}: expected a linear head without bias, which LLaVA has")
-    tokenizer.add_special_tokens({"additional_special_tokens": prompt_tokens(model.prompt)})
     notes, old = [f"language: {origin}"], language.get_input_embeddings().num_embeddings
-    new = _rows(old, len(tokenizer))
+    add_special_tokens(tokenizer, language)
+    new = language.get_input_embeddings().num_embeddings
     if new > old:
-        language.resize_token_embeddings(new, mean_resizing=False)
-        with torch.no_grad():
-            for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
-                layer.weight[old:] = layer.weight[:old].mean(0)
-        notes.append(
-            f"language: the embedding grew from {old} to {new} rows for {', '.join(prompt_tokens(model.prompt))}"
-        )
+        notes.append(f"language: the embedding grew from {old} to {new} rows for {', '.join(SPECIAL)}")
     return language, tokenizer, notes
-
-
-def _rows(has: int, tokens: int) -> int:
-    return has if tokens <= has else -(-tokens // _ROWS) * _ROWS
 
 
 def _tokens(model: Model, text: PretrainedConfig) -> tuple[int, int, str]:
     """How many tokens the tokenizer will have, the image token, and where that is known from."""
-    source, added = model.language, prompt_tokens(model.prompt)
+    source = model.language
     try:
         tokenizer = load_tokenizer(source, "model.language", text, download=False)
     except PartError:
@@ -242,10 +216,10 @@ def _tokens(model: Model, text: PretrainedConfig) -> tuple[int, int, str]:
         if source.tokenizer is None and name in PUBLISHED:
             known = PUBLISHED[name][1]
             assert known is not None
-            return known + len(added), known, "its number of tokens likewise"
+            return known + len(SPECIAL), known, "its number of tokens likewise"
         tokenizer = load_tokenizer(source, "model.language", text)
-    tokenizer.add_special_tokens({"additional_special_tokens": added})
-    return len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), "tokenizer read"
+    add_special_tokens(tokenizer)
+    return len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE), "tokenizer read"
 
 
 def _text_config(config: PretrainedConfig, key: str) -> PretrainedConfig:
@@ -259,8 +233,8 @@ def _text_config(config: PretrainedConfig, key: str) -> PretrainedConfig:
 def _tower_config(config: PretrainedConfig, model: Model) -> PretrainedConfig:
     config = copy.deepcopy(getattr(config, "vision_config", config))
     kind, key = config.model_type, "model.vision"
-    if kind not in TOWERS:
-        raise PartError(f"{key}: expected a vision model of type {', '.join(TOWERS)}, got one of type {kind}")
+    if kind not in FAMILIES:
+        raise PartError(f"{key}: expected a vision model of type {', '.join(FAMILIES)}, got one of type {kind}")
     patch, size = config.patch_size, model.image_size
     if size % patch:
         raise PartError(f"model.image_size: expected a multiple of the patch of {patch} pixels, got {size}")
@@ -284,7 +258,7 @@ def _at_size(tower: PreTrainedModel, size: int) -> PreTrainedModel:
         return tower
     config = copy.deepcopy(tower.config)
     config.image_size = size
-    count = (size // config.patch_size) ** 2 + TOWERS[kind].class_tokens
+    count = (size // config.patch_size) ** 2 + FAMILIES[kind].class_tokens
     with torch.no_grad():
         tokens = torch.zeros(1, count, config.hidden_size)
         positions = tower.embeddings.interpolate_pos_encoding(tokens, size, size)[0]
@@ -294,7 +268,6 @@ def _at_size(tower: PreTrainedModel, size: int) -> PreTrainedModel:
 
 
 def _llava_config(vision: PretrainedConfig, text: PretrainedConfig, model: Model, image_token: int) -> LlavaConfig:
-    kind = TOWERS[vision.model_type]
     patches = (model.image_size // vision.patch_size) ** 2
     return LlavaConfig(
         vision_config=vision,
@@ -302,7 +275,7 @@ def _llava_config(vision: PretrainedConfig, text: PretrainedConfig, model: Model
         image_token_index=image_token,
         image_seq_length=patches + getattr(vision, "num_register_tokens", 0),
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default" if kind.class_tokens else "full",
+        vision_feature_select_strategy="default" if FAMILIES[vision.model_type].class_tokens else "full",
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
@@ -310,7 +283,7 @@ def _llava_config(vision: PretrainedConfig, text: PretrainedConfig, model: Model
 def _join(
     tower: PreTrainedModel, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: Model
 ) -> LlavaForConditionalGeneration:
-    token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    token = tokenizer.convert_tokens_to_ids(IMAGE)
     config = _llava_config(tower.config, language.config, model, token)
     with initialization.no_init_weights(), torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
@@ -347,13 +320,6 @@ def part_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return found
 
 
-def unused_parameters(llava: LlavaForConditionalGeneration) -> set[str]:
-    """Names of the tower's parameters that the projector's input does not depend on: the final norm, heads."""
-    tower = llava.model.vision_tower
-    unused = TOWERS[tower.config.model_type].unused
-    return {name for name, _ in tower.named_parameters() if name.startswith(unused)}
-
-
 def freeze(
     model: nn.Module, train: Collection[str], *, frozen_dtype: torch.dtype | None = None
 ) -> dict[str, list[nn.Parameter]]:
@@ -364,7 +330,7 @@ def freeze(
 
     Args:
         model: a GranViT or its LLaVA.
-        train: parts of :data:`granvit.train.config.PARTS`.
+        train: parts of :data:`granvit.recipe.PARTS`.
         frozen_dtype: of the parts that do not train; None leaves it. A part that trains in a later stage has by then
             been rounded to it.
 
@@ -380,7 +346,9 @@ def freeze(
             has = ", ".join(name for name, parameters in parts.items() if parameters)
             raise ValueError(f"freeze: train: expected parts that the model has ({has}), got {part!r}")
     llava: Any = getattr(model, "llava", model)
-    unused = {id(llava.model.vision_tower.get_parameter(name)) for name in unused_parameters(llava)}
+    tower = llava.model.vision_tower
+    unread = unused_parameters(tower, llava.config.vision_feature_layer)
+    unused = {id(tower.get_parameter(name)) for name in unread}
     trained: dict[str, list[nn.Parameter]] = {}
     for part, parameters in parts.items():
         for parameter in parameters.values():

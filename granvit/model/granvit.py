@@ -16,10 +16,11 @@ from granvit.model.attention import packed_mask
 from granvit.model.loss import token_losses
 from granvit.model.packing import PackedBatch
 from granvit.model.prompts import Prompts
+from granvit.model.tower import grid_of, normalise, patch_of, vision_tokens
 from granvit.nn import BoxEmbedding, RegionAttentionPool
 
 try:
-    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+    from transformers import LlavaForConditionalGeneration
 except ImportError as error:
     raise MissingDependencyError("granvit.model needs transformers: pip install granvit[train]") from error
 
@@ -221,6 +222,25 @@ class GranViT(nn.Module):
         rest = iter(answers)
         return [[next(rest) for _ in of_image] for of_image in questions]
 
+    def regions(self, batch: PackedBatch) -> Tensor:
+        """What the ``<region>`` tokens of all regions of a batch would be, ``(R, D)``, at the language model's width.
+
+        Raises:
+            ValueError: the model has no region prompts.
+        """
+        tokens, _ = self._see(batch.pixels)
+        size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+        return self._region_prompts(tokens, batch.boxes, batch.image_index, size)
+
+    def _region_prompts(self, tokens: Tensor, boxes: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.region_prompt is None:
+            raise ValueError(f"GranViT: expected region prompts, got a model with prompt={self.prompt!r}")
+        tower = self.llava.model.vision_tower
+        grid, patch = grid_of(tower, size), patch_of(tower)
+        boxes = geometry.rescale(boxes, size, (grid[0] * patch[0], grid[1] * patch[1]))
+        pooled: Tensor = self.llava.model.multi_modal_projector(self.region_prompt(tokens, boxes, index, grid)[:, 0])
+        return pooled
+
     def _see(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The vision tokens of frames, and their grid."""
         tower = self.llava.model.vision_tower
@@ -240,11 +260,7 @@ class GranViT(nn.Module):
         """The same with the embeddings of boxes in their places; the heads run for no box too, so that no rank of a
         distributed run lacks their gradient."""
         if self.region_prompt is not None:
-            tower = self.llava.model.vision_tower
-            grid, patch = grid_of(tower, size), patch_of(tower)
-            boxes = geometry.rescale(boxes, size, (grid[0] * patch[0], grid[1] * patch[1]))
-            pooled = self.region_prompt(tokens, boxes, index, grid)[:, 0]
-            prompt = self.llava.model.multi_modal_projector(pooled)
+            prompt = self._region_prompts(tokens, boxes, index, size)
         elif self.box_prompt is not None:
             prompt = self.box_prompt(boxes)
         else:
@@ -356,29 +372,3 @@ def _next_frames(frames: Sequence[int], device: torch.device) -> Tensor:
         other = (i + 1) % len(frames)
         source += [starts[other] + j % frames[other] for j in range(count)]
     return torch.tensor(source, device=device)
-
-
-def vision_tokens(tower: PreTrainedModel, pixels: Tensor, layer: int) -> Tensor:
-    """What the projector reads: the patch tokens of a layer."""
-    rows, columns = grid_of(tower, (pixels.shape[-2], pixels.shape[-1]))
-    tokens: Tensor = tower(pixels, output_hidden_states=True).hidden_states[layer][:, -rows * columns :]
-    return tokens
-
-
-def grid_of(tower: PreTrainedModel, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches in a frame."""
-    patch = patch_of(tower)
-    return size[0] // patch[0], size[1] // patch[1]
-
-
-def patch_of(tower: PreTrainedModel) -> tuple[int, int]:
-    """Height and width of a patch in pixels."""
-    size = tower.config.patch_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Pixels as the vision tower wants them."""
-    wide = pixels.to(torch.promote_types(dtype, torch.float32)) / 255
-    channels = [(channel - m) / s for channel, m, s in zip(wide.unbind(1), mean, std, strict=True)]
-    return torch.stack(channels, 1).to(dtype)

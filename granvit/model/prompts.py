@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from granvit.errors import MissingDependencyError, UserError
 
 try:
-    from transformers import AddedToken, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+    from transformers import AddedToken, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 except ImportError as error:
     raise MissingDependencyError("granvit.model needs transformers: pip install granvit[train]") from error
 
@@ -39,24 +41,37 @@ class Encoded(NamedTuple):
     stop: int
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase, llava: LlavaForConditionalGeneration) -> None:
-    """Makes ``<image>``, ``<box>`` and ``<region>`` tokens of their own, and tells the model the id of the first.
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
+    """Makes ``<image>``, ``<box>`` and ``<region>`` tokens of their own, and gives the model room for them.
 
     Their embeddings are never read, since what they stand for takes their places. So no embedding grows where its
-    matrix has rows that the tokenizer does not use, as Qwen's has; only where it has not, it grows to the next multiple
-    of 64 rows, and the output layer with it. Tokens that are there already stay as they are.
+    matrix has rows that the tokenizer does not use, as Qwen's has; only where it has not, it grows to :func:`rows`, and
+    the output layer with it, by the mean of what was there: such rows are as unlikely an answer as any. Tokens that are
+    there already stay as they are.
 
     Args:
         tokenizer: changed in place.
-        llava: changed in place.
+        model: a language model, or a LLaVA, which is also told which token stands for an image; changed in place.
     """
     known = _added_tokens(tokenizer)
     # Added one way for all tokenizers: as special tokens they are cut out of the text before anything else sees it.
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL if t not in known], True)
+    if model is None:
+        return
     ids = tokenizer.convert_tokens_to_ids(list(SPECIAL))
-    if max(ids) >= llava.get_input_embeddings().num_embeddings:
-        llava.resize_token_embeddings(max(ids) + 1, pad_to_multiple_of=_ROWS)
-    llava.config.image_token_id = ids[0]
+    old = model.get_input_embeddings().num_embeddings
+    if rows(old, max(ids) + 1) > old:
+        model.resize_token_embeddings(rows(old, max(ids) + 1), mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[old:] = layer.weight[:old].mean(0)
+    if isinstance(model, LlavaForConditionalGeneration):
+        model.config.image_token_id = ids[0]
+
+
+def rows(has: int, tokens: int) -> int:
+    """Rows of an embedding that has room for so many tokens: those that it has, or a multiple of 64."""
+    return has if tokens <= has else -(-tokens // _ROWS) * _ROWS
 
 
 class Prompts:

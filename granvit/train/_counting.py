@@ -12,7 +12,7 @@ from transformers import initialization
 
 from granvit.model.assemble import Empty
 from granvit.nn import BoxEmbedding, RegionAttentionPool
-from granvit.train.config import Model, Stage
+from granvit.recipe import Model, Stage
 
 NATIVE_SHARE = 0.15  # of a frame that a crop of its own size has, on average; assumed
 

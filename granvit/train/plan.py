@@ -25,8 +25,8 @@ from granvit.data.shards import INDEX, read_index
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
 from granvit.model.assemble import assemble_empty, freeze, part_parameters
+from granvit.recipe import PARTS, Data, Model, Recipe, Scenes, Stage
 from granvit.train._counting import NATIVE_SHARE, Layout, Shell, count
-from granvit.train.config import PARTS, Data, Model, Recipe, Scenes, Stage
 
 # Tokens of a question and its answer, with what a chat template puts around them; about what Qwen's and SmolLM2's
 # tokenizers make of the paper's wordings, where a box has 27 tokens.
@@ -70,6 +70,17 @@ def measured_cpu(dtype: str = "bfloat16", size: int = 1024) -> Device:
         a @ a
         best = min(best, time.perf_counter() - start)
     return Device(f"this processor, {torch.get_num_threads()} threads", "cpu", 2 * size**3 / best, None, 0.35)
+
+
+def device(name: str) -> Device:
+    """One of :data:`DEVICES` by its name, or ``"cpu"`` for this machine's processor, measured.
+
+    Raises:
+        UserError: none of these.
+    """
+    if name != "cpu" and name not in DEVICES:
+        raise UserError(f"plan: device: expected cpu or one of {', '.join(DEVICES)}, got {name!r}")
+    return measured_cpu() if name == "cpu" else DEVICES[name]
 
 
 @dataclass(frozen=True)

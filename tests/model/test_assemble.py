@@ -35,7 +35,9 @@ from granvit.errors import MissingDependencyError
 from granvit.model import _sources, assemble
 from granvit.model._published import PUBLISHED
 from granvit.model._sources import PartError
-from granvit.train.config import Model, Source
+from granvit.model.prompts import SPECIAL
+from granvit.model.tower import FAMILIES
+from granvit.recipe import Model, Source
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -93,7 +95,7 @@ def test_every_tower_is_a_stock_llava(kind: str, size: int, tokenizer: str, tmp_
     made = assemble.assemble(model(tokenizer, tower(kind, image_size=size), size))
     llava = made.llava
     assert stock_loss(llava, size).isfinite()
-    assert llava.config.vision_feature_select_strategy == ("default" if assemble.TOWERS[kind].class_tokens else "full")
+    assert llava.config.vision_feature_select_strategy == ("default" if FAMILIES[kind].class_tokens else "full")
     llava.save_pretrained(tmp_path)
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     pixels = torch.randn(1, 3, size, size)
@@ -104,22 +106,11 @@ def test_every_tower_is_a_stock_llava(kind: str, size: int, tokenizer: str, tmp_
     assert any("register tokens too" in note for note in made.notes) == bool(registers)
 
 
-@pytest.mark.parametrize("kind", TOWERS)
-def test_unused_parameters_are_those_without_a_gradient(kind: str, tokenizer: str) -> None:
-    llava = assemble.assemble(model(tokenizer, tower(kind))).llava
-    stock_loss(llava).backward()
-    without = {name for name, p in llava.model.vision_tower.named_parameters() if p.grad is None}
-    assert assemble.unused_parameters(llava) == without
-    assert without
-
-
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("prompt", ["text", "box", "region", "mixed"])
-def test_the_embedding_grows_where_it_must(tied: bool, prompt: str, tokenizer: str) -> None:
-    small = assemble.assemble(model(tokenizer, prompt=prompt, vocab_size=60, tie_word_embeddings=tied))
-    large = assemble.assemble(model(tokenizer, prompt=prompt, vocab_size=70, tie_word_embeddings=tied))
-    added = assemble.prompt_tokens(prompt)
-    assert len(added) == {"text": 1, "box": 2, "region": 2, "mixed": 3}[prompt]
+def test_the_embedding_grows_where_it_must(tied: bool, tokenizer: str) -> None:
+    small = assemble.assemble(model(tokenizer, vocab_size=60, tie_word_embeddings=tied))
+    large = assemble.assemble(model(tokenizer, vocab_size=70, tie_word_embeddings=tied))
+    added = list(SPECIAL)
     for made, rows in ((small, 64), (large, 70)):
         llava = made.llava
         assert made.tokenizer.convert_tokens_to_ids(added) == list(range(60, 60 + len(added)))

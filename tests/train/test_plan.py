@@ -19,7 +19,7 @@ from granvit.data.record import Record
 from granvit.data.shards import ShardWriter
 from granvit.errors import UserError
 from granvit.model.assemble import assemble, freeze
-from granvit.train.config import Data, DataSource, Distillation, Model, Recipe, Scenes, Source, Stage, load
+from granvit.recipe import Data, DataSource, Distillation, Model, Recipe, Scenes, Source, Stage, load
 from granvit.train.plan import DEVICES, Device, Plan, StagePlan, layout, measured_cpu, plan, render
 
 CPU = Device("a processor", "cpu", 1e12, None, 0.5)

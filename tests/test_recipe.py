@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from granvit import recipe as config
 from granvit.errors import UserError
-from granvit.train import config
-from granvit.train.config import RecipeError, load
+from granvit.recipe import RecipeError, load
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
 
 def tree() -> dict[str, Any]:

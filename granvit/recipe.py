@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from granvit._recipe_reading import RecipeError, apply_overrides, convert, dump_yaml, load_yaml
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
-from granvit.train._reading import RecipeError, apply_overrides, convert, dump_yaml, load_yaml
 
 PARTS = ("vision", "projector", "language", "prompts")
 Prompt = Literal["text", "box", "region", "mixed"]
@@ -316,6 +316,8 @@ class Recipe:
         stages: one after the other, each with the weights of the one before.
         start: checkpoint folder of another run whose weights the first stage begins with; its parts are those of
             `model`. None begins with the weights of the parts and a new projector.
+        parallel: how several processes share the work: each with all weights (``ddp``), or each with a piece of them
+            (``fsdp2``).
         seed: of new weights and of all draws.
     """
 
@@ -325,6 +327,7 @@ class Recipe:
     data: Data
     stages: tuple[Stage, ...]
     start: str | None = None
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,306 @@
+"""What a training step reads: images from several sources with questions about them, packed, in an order that can be
+taken up anywhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from granvit.data.images import frame
+from granvit.data.mixing import Mixture
+from granvit.data.record import Record, Region
+from granvit.data.scenes import SceneComposer
+from granvit.data.shards import Shard, read_index
+from granvit.data.tasks import Pair, TaskSampler
+from granvit.errors import UserError
+from granvit.geometry import BoxTransform, clip, format_box
+from granvit.model.packing import PackedBatch, Sample, pack
+from granvit.model.prompts import Prompts
+
+PLACEHOLDERS = {"box": "<box>", "region": "<region>"}
+_KEPT = 0.25  # of a region's area has to be in the frame
+
+
+class Source(Protocol):
+    """Images with records, by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+        """The record of image i, its pixels uint8 ``(3, size, size)``, and the way of its boxes."""
+        ...
+
+
+class ShardSource:
+    """A folder of shards, read in any order; files are opened when they are needed, in the process that needs them.
+
+    Raises:
+        ShardError: no index.
+    """
+
+    _OPEN = 32  # shards at a time
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._shards = read_index(folder)
+        self._ends = np.cumsum([shard.samples for shard in self._shards])
+        self._open: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}
+
+    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+        """See :class:`Source`."""
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        within = i - (int(self._ends[number - 1]) if number else 0)
+        shard = self._open.pop(number, None) or Shard(self.folder / self._shards[number].name)
+        self._open[number] = shard  # the last of them is the one that was used last
+        if len(self._open) > self._OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        record = shard.record(within)
+        pixels, transform = frame(shard.image(within), (size, size), flip=flip, name=f"{shard.path.name}: {record.key}")
+        return record, pixels, transform
+
+
+class SceneSource:
+    """Scenes composed when they are asked for.
+
+    Args:
+        composer: of the scenes.
+        count: how many there are; the first is number 0.
+    """
+
+    def __init__(self, composer: SceneComposer, count: int) -> None:
+        self.composer, self._count = composer, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+        """See :class:`Source`."""
+        record, image = self.composer[i]
+        transform = BoxTransform.letterbox((image.height, image.width), (size, size))
+        if flip:
+            transform = transform.then(BoxTransform.flip((size, size)))
+        return record, transform.pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1)), transform
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Makes of a record and its image what the model is shown and asked; the same for the same seed and epoch.
+
+    Attributes:
+        sampler: draws the questions.
+        size: side of the frame in pixels.
+        prompt: how Bbox2Caption names its region: ``text``, ``box``, ``region``, or ``mixed`` for a draw between text
+            and region.
+        flip: share of the natural images that are mirrored; text is not.
+        seed: of the draws that are not the sampler's.
+    """
+
+    sampler: TaskSampler
+    size: int
+    prompt: str = "text"
+    flip: float = 0.0
+    seed: int = 0
+
+    def __call__(self, source: Source, i: int, epoch: int) -> Sample:
+        """The sample of an image of a source.
+
+        A region of which less than a quarter is left in the frame is left out.
+        """
+        rng = random.Random(f"{self.seed} {epoch} {i}")
+        mirrored = rng.random() < self.flip
+        record, pixels, transform = source.read(i, self.size, mirrored)
+        if mirrored and record.kind != "natural":
+            record, pixels, transform = source.read(i, self.size, False)
+        shown = self._as_shown(record, transform)
+        pairs = self.sampler(shown, epoch).pairs
+        regions = list(dict.fromkeys(pair.region for pair in pairs if pair.region is not None))
+        row = {region: row for row, region in enumerate(regions)}
+        boxes = torch.tensor([shown.regions[region].box for region in regions], dtype=torch.float32).reshape(-1, 4)
+        asked = [self._prompted(pair, shown, rng) for pair in pairs]
+        return Sample(
+            pixels[None],
+            [replace(pair, region=None if pair.region is None else row[pair.region]) for pair in asked],
+            boxes,
+            kind=record.kind,
+        )
+
+    def _as_shown(self, record: Record, transform: BoxTransform) -> Record:
+        """The record of the frame: its size, and the regions where they are in it."""
+        corners = torch.tensor([region.box for region in record.regions], dtype=torch.float64).reshape(-1, 4)
+        boxes, kept = clip(transform.boxes(corners))
+        regions = tuple(
+            Region((box[0], box[1], box[2], box[3]), region.caption, region.score, region.origin)
+            for region, box, share in zip(record.regions, boxes.tolist(), kept.tolist(), strict=True)
+            if share >= _KEPT
+        )
+        return replace(record, width=self.size, height=self.size, regions=regions)
+
+    def _prompted(self, pair: Pair, record: Record, rng: random.Random) -> Pair:
+        """The pair with a special token in place of its coordinates, where that is wanted."""
+        prompt = rng.choice(("text", "region")) if self.prompt == "mixed" else self.prompt
+        if pair.task != "bbox_to_caption" or pair.box is None or prompt == "text":
+            return pair
+        text = format_box(pair.box, self.sampler.style, (record.height, record.width))
+        return replace(pair, question=pair.question.replace(text, PLACEHOLDERS[prompt]))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be read, and why."""
+
+    source: int
+    sample: int
+    reason: str
+
+
+@dataclass
+class Loaded:
+    """What the trainer gets for a micro-batch.
+
+    Attributes:
+        batch: packed; None where every sample of it was skipped.
+        images: in it.
+        skipped: what should have been in it.
+        error: why a worker process could not go on.
+    """
+
+    batch: PackedBatch | None
+    images: int
+    skipped: list[Skipped] = field(default_factory=list)
+    error: str = ""
+
+    def pin_memory(self) -> Loaded:
+        """For ``DataLoader(pin_memory=True)``."""
+        return replace(self, batch=self.batch and self.batch.pin_memory())
+
+
+class TrainingData(IterableDataset[Loaded]):
+    """A run of packed micro-batches without an end; which samples are in number n depends on the settings and n alone.
+
+    Epoch follows epoch without a seam. Of the samples of micro-batch n of all ranks, rank r has every w-th. So a run
+    that stopped goes on with :attr:`first`, and the number of workers changes nothing.
+
+    Args:
+        sources: what is read.
+        weights: how often each is drawn, relative to the others; None is by its samples.
+        prepare: makes a sample.
+        prompts: makes tokens.
+        tokens_per_frame: that the vision tower makes of a frame.
+        max_length: tokens of a row, at most.
+        micro_batch: images of one rank in one micro-batch.
+        rank: of this process.
+        world_size: processes.
+        seed: of the order.
+        length: images of all ranks after which it ends; None is never.
+        pad_to_multiple_of: see :func:`granvit.model.packing.pack`.
+        skip_broken: leave out and report what cannot be read; else the error is raised.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None,
+        prepare: Preparer,
+        prompts: Prompts,
+        *,
+        tokens_per_frame: int,
+        max_length: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        length: int | None = None,
+        pad_to_multiple_of: int = 1,
+        skip_broken: bool = False,
+    ) -> None:
+        if micro_batch < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                "TrainingData: expected a micro_batch of at least 1 and 0 <= rank < world_size, "
+                f"got {micro_batch}, {rank} and {world_size}"
+            )
+        self.sources, self.prepare, self.prompts = tuple(sources), prepare, prompts
+        self.mixture = Mixture([len(source) for source in sources], weights, seed=seed)
+        self.tokens_per_frame, self.max_length = tokens_per_frame, max_length
+        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
+        self.length = length
+        self.pad_to_multiple_of, self.skip_broken = pad_to_multiple_of, skip_broken
+        self.first = 0  # micro-batch that the next iteration begins with
+
+    def __iter__(self) -> Iterator[Loaded]:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        number = self.first + own  # DataLoader takes from its workers in turns
+        while self.length is None or number * self.micro_batch * self.world_size < self.length:
+            try:
+                yield self.load(number)
+            except UserError as error:
+                if worker is None:
+                    raise
+                yield Loaded(None, 0, error=str(error))  # raised here it would be a traceback of the worker
+            number += workers
+
+    def places(self, number: int) -> list[tuple[int, int, int]]:
+        """(epoch, source, sample in it) of each image of a micro-batch."""
+        step = self.micro_batch * self.world_size
+        position, end = number * step, (number + 1) * step
+        if self.length is not None:
+            end = min(end, self.length)
+        found: list[tuple[int, int, int]] = []
+        while position < end:  # once, or more often where an epoch ends within
+            epoch, within = divmod(position, len(self.mixture))
+            count = min(end - position, len(self.mixture) - within)
+            chosen = (x.tolist() for x in self.mixture.positions(epoch, within, within + count))
+            found += [(epoch, *place) for place in zip(*chosen, strict=True)]
+            position += count
+        return found[self.rank :: self.world_size]
+
+    def load(self, number: int) -> Loaded:
+        """Micro-batch `number`.
+
+        Raises:
+            UserError: a sample cannot be read, or a row is too short for an image.
+        """
+        samples, skipped = [], []
+        for epoch, source, i in self.places(number):
+            try:
+                samples.append(self.prepare(self.sources[source], i, epoch))
+            except UserError as error:
+                if not self.skip_broken:
+                    raise
+                skipped.append(Skipped(source, i, str(error)))
+        if not samples:
+            return Loaded(None, 0, skipped)
+        batch = pack(
+            samples,
+            self.prompts,
+            self.tokens_per_frame,
+            self.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        return Loaded(batch, len(samples), skipped)
+
+    def loader(self, workers: int, *, pin_memory: bool = False) -> Iterator[Loaded]:
+        """The micro-batches from :attr:`first` on, read ahead by worker processes.
+
+        Raises:
+            UserError: what stopped a worker.
+        """
+        options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+        for loaded in DataLoader(self, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options):
+            if loaded.error:
+                raise UserError(loaded.error)
+            yield loaded

@@ -1,0 +1,98 @@
+"""Where a run's figures go: a line on the console, a line of JSON, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The log of a run; one file for all its stages, to which a run that goes on appends.
+
+    Args:
+        folder: of the run.
+        console: for people; None for a rank that says nothing.
+        tensorboard: also write event files; needs the package tensorboard.
+
+    Attributes:
+        stage: that lines belong to.
+        steps: that it has.
+    """
+
+    def __init__(self, folder: Path, console: Console | None, *, tensorboard: bool = False) -> None:
+        self.stage, self.steps = "", 0
+        self._path, self._console = folder / METRICS, console
+        self._writer: Any = None
+        if console is not None and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def start(self, stage: str, steps: int, step: int) -> None:
+        """A stage begins, or goes on after `step`; lines that a killed run wrote beyond that are forgotten."""
+        self.stage, self.steps = stage, steps
+        if self._console is None or not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not self._repeated(line, step)]
+        if len(kept) < len(lines):
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self._path)
+
+    def _repeated(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return True  # cut short by a kill
+        return entry["stage"] == self.stage and entry["step"] > step
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of figures."""
+        if self._console is None:
+            return
+        entry = {"stage": self.stage, "step": step, "time": time.time(), **values}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{self.stage}/{name}", value, step)
+            self._writer.flush()
+        text = render(values)
+        if text:
+            self._console.print(f"[bold]{self.stage}[/] {step}/{self.steps}  {text}", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A sentence."""
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def render(values: Mapping[str, float]) -> str:
+    """The figures of a line that a person follows; "" where there are none."""
+    found = []
+    if "loss" in values:
+        terms = [f"{name} {values[name]:.3f}" for name in ("caption", "distillation", "contrastive") if name in values]
+        found.append(f"loss {values['loss']:.3f} ({', '.join(terms)})")
+        if "wrong_image/caption" in values:
+            found.append(f"wrong image {values['wrong_image/caption']:+.3f}")
+        found.append(f"{values['images_per_second']:.1f} images/s, {values['tokens_per_second']:.0f} tokens/s")
+        if "memory_gib" in values:
+            found.append(f"{values['memory_gib']:.1f} GiB")
+    heldout = {name.removeprefix("heldout/"): value for name, value in values.items() if name.startswith("heldout/")}
+    if heldout:
+        shown = [
+            f"{name.rpartition('/')[2]} {value:.3f}"
+            for name, value in heldout.items()
+            if name == "contrastive" or (name.startswith("caption") and name.count("/") <= 1)
+        ]
+        gap = heldout.get("wrong_image/caption")
+        found.append(f"held out: {', '.join(shown)}" + ("" if gap is None else f", wrong image {gap:+.3f}"))
+    return "  ".join(found)

@@ -1,0 +1,219 @@
+"""What a step minimises: answers; regions that match their crops; for a cold encoder, regions that match captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from granvit.geometry import crop_boxes
+from granvit.model.granvit import GranViT, Output
+from granvit.model.native import native_grids, native_patches, packed_tokens
+from granvit.model.packing import PackedBatch
+from granvit.model.tower import grid_of, normalise, patch_of, vision_tokens
+from granvit.ops import region_distill_loss
+from granvit.recipe import Stage
+from granvit.train.teacher import Teacher
+
+_SAME = 1 - 1e-4  # cosine of two captions from which on they are one
+
+
+@dataclass
+class Micro:
+    """A micro-batch with what has to be known of it before it goes to a device.
+
+    Attributes:
+        batch: packed.
+        grids: ``(R, 2)``, the teacher's grid of each region, on the CPU; None where all have that of the frame.
+        tokens: supervised ones.
+        cells: of the teacher's maps; of the contrastive objective, the regions.
+    """
+
+    batch: PackedBatch
+    grids: Tensor | None
+    tokens: float
+    cells: float
+
+    def to(self, device: torch.device | str) -> Micro:
+        """The same with the batch on a device."""
+        return replace(self, batch=self.batch.to(device, non_blocking=True))
+
+
+class Counts(NamedTuple):
+    """What the means of a step run over: the sums of all its micro-batches on all ranks."""
+
+    tokens: float
+    cells: float
+
+
+@dataclass
+class Losses:
+    """The terms of a micro-batch, each divided by the step's count, so that they add up over micro-batches and ranks.
+
+    Attributes:
+        total: scalar, with a gradient: the weighted sum of the terms.
+        caption: of the answers, scalar; None where the stage has none.
+        distillation: of the regions, not weighted, scalar, or ``(R,)`` by region; likewise.
+        contrastive: likewise.
+        output: of the model; None for the contrastive objective.
+    """
+
+    total: Tensor
+    caption: Tensor | None = None
+    distillation: Tensor | None = None
+    contrastive: Tensor | None = None
+    output: Output | None = None
+
+
+class Objective(nn.Module):
+    """The model of a stage with what its loss needs: a teacher, or the scale of a contrastive loss.
+
+    Args:
+        model: to train.
+        stage: which terms there are.
+
+    Attributes:
+        teacher: of the self-distillation; None without.
+        contrast: scale and bias of the sigmoid loss; None for captions.
+    """
+
+    teacher: Teacher | None
+    contrast: Contrast | None
+
+    def __init__(self, model: GranViT, stage: Stage) -> None:
+        super().__init__()
+        self.model = model
+        self.contrastive = stage.objective == "contrastive"
+        self.distillation = stage.distillation
+        self.teacher = Teacher(self.tower, stage.distillation.decay) if stage.distillation else None
+        regions = stage.regions * (stage.micro_batch or stage.batch_size)
+        self.contrast = Contrast(regions) if self.contrastive else None
+
+    @property
+    def tower(self) -> nn.Module:
+        """The student's vision tower."""
+        return self.model.llava.model.vision_tower
+
+    def micro(self, batch: PackedBatch) -> Micro:
+        """Counts a batch that the data handed over, on the CPU."""
+        tokens = float(len(batch.supervised))
+        if self.contrastive:
+            return Micro(batch, None, tokens, float(len(batch.boxes)))
+        if self.distillation is None:
+            return Micro(batch, None, tokens, 0.0)
+        size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+        if self.distillation.crops == "resize":
+            rows, columns = grid_of(self.tower, size)
+            return Micro(batch, None, tokens, float(rows * columns * len(batch.boxes)))
+        grids = native_grids(batch.boxes, batch.image_index, size, patch_of(self.tower))
+        return Micro(batch, grids, tokens, float(grids.prod(1).sum()))
+
+    def forward(
+        self, micro: Micro, counts: Counts | None = None, *, wrong_image: bool = False, by_region: bool = False
+    ) -> Losses:
+        """The losses of a micro-batch. Everything that is asked of the model goes through here, as sharding wants it.
+
+        Args:
+            micro: on the device of the model.
+            counts: of the whole step; None where this is all of it.
+            wrong_image: the answers with the images exchanged, as :class:`granvit.model.granvit.GranViT` has it, alone.
+            by_region: the distillation as one value a region, for a report.
+        """
+        counts = counts or Counts(micro.tokens, micro.cells)
+        share = micro.cells / max(counts.cells, 1.0)
+        if self.contrast is not None:
+            loss = self.contrast(self.model, micro.batch) * share
+            return Losses(loss, contrastive=loss.detach())
+        output = self.model(micro.batch, wrong_image=wrong_image, items=max(counts.tokens, 1.0))
+        losses = Losses(output.loss, caption=output.loss.detach(), output=output)
+        if self.distillation is not None and not wrong_image:
+            distilled = self.distill(micro, output.tokens, output.grid, "none" if by_region else "mean") * share
+            losses.distillation = distilled.detach()
+            if not by_region:
+                losses.total = losses.total + self.distillation.weight * distilled
+        return losses
+
+    def distill(self, micro: Micro, tokens: Tensor, grid: tuple[int, int], reduction: str = "mean") -> Tensor:
+        """Distance between the student's regions and the teacher's view of their crops.
+
+        Args:
+            micro: whose boxes are meant.
+            tokens: ``(F, n, C)``, the student's.
+            grid: rows and columns of them.
+            reduction: as :func:`granvit.ops.region_distill_loss` has it.
+
+        Returns:
+            Scalar, or ``(R,)``.
+        """
+        if self.teacher is None or self.distillation is None:
+            raise ValueError("distill: expected a stage with distillation")
+        batch, tower, layer = micro.batch, self.teacher.tower, self.model.llava.config.vision_feature_layer
+        with torch.no_grad():
+            pixels = normalise(batch.pixels, self.model.mean, self.model.std, torch.float32)
+            if micro.grids is None:
+                crops = crop_boxes(pixels, batch.boxes, batch.image_index, (pixels.shape[-2], pixels.shape[-1]))
+                seen = vision_tokens(tower, crops, layer)
+            else:
+                patches = native_patches(pixels, batch.boxes, batch.image_index, micro.grids, patch_of(tower))
+                seen = packed_tokens(tower, patches, micro.grids, layer)
+        return region_distill_loss(
+            tokens,
+            seen.to(tokens.dtype),
+            batch.boxes,
+            batch.image_index,
+            grid,
+            grid if micro.grids is None else micro.grids,
+            loss=self.distillation.loss,
+            reduction=reduction,
+        )
+
+
+class Contrast(nn.Module):
+    """The sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343) between regions and their captions.
+
+    A region is what its ``<region>`` token would be: vision tokens pooled under its box, through the projector. A
+    caption is the mean of its tokens' input embeddings in the language model, less the mean of all of a batch, since
+    input embeddings share a large common part. So a region learns to lie where its words lie, which is where the
+    language model will read it. Regions with the same words count as positives of each other. Negatives are those of
+    the micro-batch of one rank.
+
+    Args:
+        regions: in a micro-batch, about. The bias starts where one positive among so many is the least surprise, as the
+            paper's -10 is for its 32 thousand.
+    """
+
+    def __init__(self, regions: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
+        self.bias = nn.Parameter(-torch.tensor(float(max(regions, 1))).log())
+
+    def forward(self, model: GranViT, batch: PackedBatch) -> Tensor:
+        """Mean over the regions that have a caption; 0 without any."""
+        regions = model.regions(batch)  # [R, D]
+        with torch.autocast(regions.device.type, enabled=False):  # cosines near 1 and logits near -10 need float32
+            words, asked = self._captions(model, batch, len(regions))
+            image = F.normalize(regions.float()[asked], dim=-1)
+            text = F.normalize(words[asked], dim=-1)
+            same = (text @ text.T > _SAME).float() * 2 - 1
+            logits = image @ text.T * self.scale.exp() + self.bias
+            return -F.logsigmoid(same * logits).sum() / max(len(image), 1)
+
+    @torch.no_grad()
+    def _captions(self, model: GranViT, batch: PackedBatch, regions: int) -> tuple[Tensor, Tensor]:
+        """Mean word embedding ``(R, D)`` of each region's caption, centred, and the regions that have one."""
+        region_of = [-1 if pair.region is None else pair.region for pair in batch.pairs]
+        labels = batch.labels.flatten()[batch.supervised]
+        pair = batch.pair.flatten()[batch.supervised] - 1
+        last = torch.ones_like(pair, dtype=torch.bool)
+        last[:-1] = pair[:-1] != pair[1:]  # the end of the turn, which is no word
+        embeddings = model.llava.get_input_embeddings()(labels[~last]).float()
+        row = torch.tensor(region_of, device=labels.device)[pair[~last]]
+        total = embeddings.new_zeros(regions + 1, embeddings.shape[1]).index_add_(0, row % (regions + 1), embeddings)
+        count = torch.bincount(row % (regions + 1), minlength=regions + 1)[:regions]
+        mean = total[:regions] / count.clamp(min=1)[:, None]
+        asked = [region for region in dict.fromkeys(region_of) if region >= 0]
+        index = torch.tensor(sorted(asked), dtype=torch.int64, device=labels.device)
+        return mean - mean[index].mean(0), index
