@@ -28,13 +28,26 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print plain data 
 
 
 @app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out/quickstart"),
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out/demo"),
 ) -> None:
     """Run one self-distillation step and region pooling on real photographs, with stock PyTorch and with granvit."""
-    from granvit import quickstart as package
+    from granvit import demo as package
 
     package.run(out)
+
+
+@app.command()
+def quickstart(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the miniature recipe, such as stages.stage1.steps=10.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete what the output folder holds, and begin anew.")] = False,
+) -> None:
+    """Train the whole recipe in miniature on scenes composed here, and draw what it learned."""
+    from granvit import quickstart as miniature
+
+    raise typer.Exit(miniature.run(overrides or (), overwrite=overwrite))
 
 
 @app.command()

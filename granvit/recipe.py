@@ -107,12 +107,14 @@ class Scenes:
         kind: what they show.
         split: which material they are made of.
         seed: other seeds give other scenes.
+        names: the only pictograms to show; empty is all. With fewer things to name, a small model learns them sooner.
     """
 
     count: int
     kind: Literal["natural", "ocr", "mixed"] = "mixed"
     split: Literal["train", "heldout", "heldout-drawings"] = "train"
     seed: int = 0
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "count")

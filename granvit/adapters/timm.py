@@ -10,9 +10,7 @@ from granvit.errors import MissingDependencyError
 try:
     from timm.layers import AttentionPoolLatent
 except ImportError as error:
-    raise MissingDependencyError(
-        "granvit.adapters.timm needs timm: pip install timm, or granvit[quickstart]"
-    ) from error
+    raise MissingDependencyError("granvit.adapters.timm needs timm: pip install timm, or granvit[demo]") from error
 
 
 class RegionEncoder(BaseRegionEncoder):

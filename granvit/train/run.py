@@ -223,7 +223,7 @@ def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source]:
     for source in sources:
         if source.scenes is not None:
             scenes = source.scenes
-            composer = SceneComposer(scenes.seed, scenes.split, size=size, kind=scenes.kind)
+            composer = SceneComposer(scenes.seed, scenes.split, size=size, kind=scenes.kind, names=scenes.names or None)
             yield SceneSource(composer, scenes.count)
         elif source.shards is not None:
             yield ShardSource(source.shards)

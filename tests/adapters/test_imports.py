@@ -14,7 +14,7 @@ def test_importing_the_adapters_imports_no_other_library():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize(("library", "extra"), [("timm", "quickstart"), ("transformers", "train")])
+@pytest.mark.parametrize(("library", "extra"), [("timm", "demo"), ("transformers", "train")])
 def test_a_missing_library_is_one_clear_sentence(library, extra):
     done = run(f"import sys; sys.modules[{library!r}] = None; import granvit; granvit.adapters.{library}.RegionEncoder")
     last = done.stderr.strip().splitlines()[-1]

@@ -29,7 +29,7 @@ def check_agreement(what: str, difference: float, limit: float) -> None:
     """Raises AgreementError where a relative difference is above its limit, or not a number."""
     if not difference <= limit:
         raise AgreementError(
-            f"quickstart: {what}: granvit is off by {difference:.1e} of the size of the result, more than the "
+            f"demo: {what}: granvit is off by {difference:.1e} of the size of the result, more than the "
             f"{limit:.1e} that rounding explains"
         )
 

@@ -1,4 +1,4 @@
-"""What the quickstart prints at its end."""
+"""What the demo prints at its end."""
 
 from __future__ import annotations
 

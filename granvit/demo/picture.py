@@ -13,7 +13,7 @@ from granvit.reference.region_attention import cell_weights
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from granvit.quickstart.photographs import Regions
+    from granvit.demo.photographs import Regions
 
 # Okabe and Ito's palette, told apart with every common form of colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7")

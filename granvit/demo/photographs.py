@@ -34,11 +34,11 @@ class Photograph:
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
             raise MissingDependencyError(
-                f"quickstart: the photograph {self.name} is part of {self.package}, which is not installed"
+                f"demo: the photograph {self.name} is part of {self.package}, which is not installed"
             )
         path = Path(spec.origin).parent / self.file
         if not path.is_file():
-            raise FileNotFoundError(f"quickstart: this version of {self.package} ships no {self.file}")
+            raise FileNotFoundError(f"demo: this version of {self.package} ships no {self.file}")
         return path
 
 
@@ -144,7 +144,7 @@ def load(count: int, size: int) -> Regions:
     from PIL import Image as pil
 
     if not 1 <= count <= len(PHOTOGRAPHS):
-        raise ValueError(f"quickstart: photos: expected 1 to {len(PHOTOGRAPHS)}, got {count}")
+        raise ValueError(f"demo: photos: expected 1 to {len(PHOTOGRAPHS)}, got {count}")
     images, sizes, boxes = [], [], []
     for photograph in PHOTOGRAPHS[:count]:
         picture = pil.open(photograph.path()).convert("RGB")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from granvit.demo import measure, picture, stock
+from granvit.demo.photographs import Regions
 from granvit.ops import _dispatch, region_attention, region_distill_loss
-from granvit.quickstart import measure, picture, stock
-from granvit.quickstart.photographs import Regions
 
 if TYPE_CHECKING:
     from granvit.adapters.timm import RegionEncoder
@@ -26,7 +26,7 @@ STEP_LIMIT = 1e-5
 def implementation(op: str) -> str:
     """Which implementation of an op runs here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the quickstart says in its own words that an op runs on the reference
+        warnings.simplefilter("ignore")  # the demo says in its own words that an op runs on the reference
         return _dispatch.choose(op, None, "cpu", torch.float32)
 
 
@@ -77,7 +77,7 @@ def steps(
     seconds = measure.median_times({way: partial(step, way) for way in losses_of}, min(repeats, 3))
     ours, theirs = gradients["granvit"], gradients["stock"]
     if ours.keys() != theirs.keys():
-        raise measure.AgreementError("quickstart: granvit and stock PyTorch reach different parameters of the ViT")
+        raise measure.AgreementError("demo: granvit and stock PyTorch reach different parameters of the ViT")
     # Each parameter against the size of its own gradient, so that a small one cannot hide behind a large one.
     differences = {name: measure.relative_difference(ours[name], theirs[name]) for name in theirs}
     worst = max(differences, key=lambda name: differences[name])

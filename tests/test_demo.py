@@ -1,4 +1,4 @@
-"""The quickstart at a small size: what it claims, what it writes, and how it fails."""
+"""The demo at a small size: what it claims, what it writes, and how it fails."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 
 from granvit.adapters.timm import RegionEncoder  # noqa: E402
-from granvit.quickstart import AgreementError, compare, measure, photographs, picture, recipe, run, stock  # noqa: E402
+from granvit.demo import AgreementError, compare, measure, photographs, picture, recipe, run, stock  # noqa: E402
 
 SMALL: dict[str, Any] = {"photos": 2, "image_size": 64, "repeats": 1}
 
@@ -33,11 +33,11 @@ def quiet() -> Console:
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    out = tmp_path_factory.mktemp("quickstart") / "made" / "by it"
+    out = tmp_path_factory.mktemp("demo") / "made" / "by it"
     console = quiet()
 
     def refuse(*args: object) -> None:
-        raise AssertionError("the quickstart reached for the network")
+        raise AssertionError("the demo reached for the network")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
@@ -103,7 +103,7 @@ def test_a_wrong_gradient_of_the_step_is_found(tmp_path: Path, monkeypatch: pyte
         return loss.detach() + 1.001 * (loss - loss.detach())  # the value is right
 
     monkeypatch.setattr(RegionEncoder, "distill_loss", wrong)
-    with pytest.raises(AgreementError, match=r"quickstart: gradient of the ViT's \S+: granvit is off by 1\.0e-03"):
+    with pytest.raises(AgreementError, match=r"demo: gradient of the ViT's \S+: granvit is off by 1\.0e-03"):
         run(tmp_path, console=quiet(), **SMALL)
 
 
@@ -132,13 +132,13 @@ def test_missing_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         recipe.importlib.util, "find_spec", lambda name: None if name in ("timm", "skimage") else found(name)
     )
-    with pytest.raises(ImportError, match=r"needs timm, scikit-image: pip install 'granvit\[quickstart\]'"):
+    with pytest.raises(ImportError, match=r"needs timm, scikit-image: pip install 'granvit\[demo\]'"):
         run(tmp_path, console=quiet())
 
 
 def test_import_loads_no_optional_dependency() -> None:
     program = (
-        "import sys, granvit.quickstart;"
+        "import sys, granvit.demo;"
         "print(*{'timm', 'torchvision', 'matplotlib', 'skimage', 'sklearn'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -148,12 +148,12 @@ def test_import_loads_no_optional_dependency() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"photos": 0}, "quickstart: photos: expected 1 to 6, got 0"),
-        ({"photos": 7}, "quickstart: photos: expected 1 to 6, got 7"),
-        ({"repeats": 0}, "quickstart: repeats: expected at least 1, got 0"),
-        ({"image_size": 65}, "quickstart: image_size: expected a multiple of the patch size 16, got 65"),
-        ({"model": "resnet18"}, "quickstart: model: expected the name of a timm VisionTransformer, got 'resnet18'"),
-        ({"model": "vit_of_dreams"}, "quickstart: model: expected the name of a timm VisionTransformer, got 'vit_of_"),
+        ({"photos": 0}, "demo: photos: expected 1 to 6, got 0"),
+        ({"photos": 7}, "demo: photos: expected 1 to 6, got 7"),
+        ({"repeats": 0}, "demo: repeats: expected at least 1, got 0"),
+        ({"image_size": 65}, "demo: image_size: expected a multiple of the patch size 16, got 65"),
+        ({"model": "resnet18"}, "demo: model: expected the name of a timm VisionTransformer, got 'resnet18'"),
+        ({"model": "vit_of_dreams"}, "demo: model: expected the name of a timm VisionTransformer, got 'vit_of_"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ def test_boxes_move_with_the_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_missing_photograph() -> None:
-    with pytest.raises(FileNotFoundError, match=r"quickstart: this version of torch ships no no-such-file\.png"):
+    with pytest.raises(FileNotFoundError, match=r"demo: this version of torch ships no no-such-file\.png"):
         photographs.Photograph("none", "torch", "no-such-file.png", {}).path()
-    with pytest.raises(ImportError, match="quickstart: the photograph none is part of no_such_package"):
+    with pytest.raises(ImportError, match="demo: the photograph none is part of no_such_package"):
         photographs.Photograph("none", "no_such_package", "a.png", {}).path()
 
 

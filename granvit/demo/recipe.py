@@ -1,4 +1,4 @@
-"""The quickstart from photographs to picture, top to bottom."""
+"""The demo from photographs to picture, top to bottom."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import Tensor
 
 import granvit
+from granvit.demo import compare, measure, photographs, picture, tables
 from granvit.errors import MissingDependencyError
-from granvit.quickstart import compare, measure, photographs, picture, tables
 
 if TYPE_CHECKING:
     from granvit.adapters.timm import RegionEncoder
@@ -68,7 +68,7 @@ def run(
     """
     check_dependencies()
     if repeats < 1:
-        raise ValueError(f"quickstart: repeats: expected at least 1, got {repeats}")
+        raise ValueError(f"demo: repeats: expected at least 1, got {repeats}")
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def check_dependencies() -> None:
     """Raises MissingDependencyError in one sentence where something beyond granvit's own dependencies is missing."""
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise MissingDependencyError(f"quickstart needs {', '.join(missing)}: pip install 'granvit[quickstart]'")
+        raise MissingDependencyError(f"demo needs {', '.join(missing)}: pip install 'granvit[demo]'")
 
 
 @contextmanager
@@ -153,11 +153,11 @@ def build_encoder(name: str, image_size: int) -> RegionEncoder:
     from granvit.adapters.timm import RegionEncoder
 
     if not timm.models.is_model_in_modules(name, ("vision_transformer",)):
-        raise ValueError(f"quickstart: model: expected the name of a timm VisionTransformer, got {name!r}")
+        raise ValueError(f"demo: model: expected the name of a timm VisionTransformer, got {name!r}")
     vit = timm.create_model(name, img_size=image_size, num_classes=0)
     patch = vit.patch_embed.patch_size[0]
     if image_size % patch:
-        raise ValueError(f"quickstart: image_size: expected a multiple of the patch size {patch}, got {image_size}")
+        raise ValueError(f"demo: image_size: expected a multiple of the patch size {patch}, got {image_size}")
     return RegionEncoder(vit)
 
 

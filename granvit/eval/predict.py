@@ -1,0 +1,115 @@
+"""Answers of a trained model about held-out images, beside the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from granvit.data.tasks import Pair
+from granvit.geometry import parse_boxes
+from granvit.model.granvit import GranViT
+from granvit.model.packing import Sample
+from granvit.model.prompts import Prompts
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One question, its true answer, and the model's.
+
+    Attributes:
+        pair: the question and its answer; the region is a row of the image's boxes.
+        answer: what the model wrote.
+        box: that it meant, relative to the frame, where it was asked for one; None where none can be read.
+    """
+
+    pair: Pair
+    answer: str
+    box: Box | None = None
+
+    @property
+    def right(self) -> bool:
+        """The same words, but for case and spaces; for a box, an overlap (IoU) of at least 0.5."""
+        if self.pair.task == "caption_to_bbox":
+            return self.pair.box is not None and self.box is not None and iou(self.pair.box, self.box) >= 0.5
+        return " ".join(self.answer.casefold().split()) == " ".join(self.pair.answer.casefold().split())
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An image and what was asked about it.
+
+    Attributes:
+        pixels: uint8 ``(3, H, W)``.
+        predictions: in the order of the questions.
+    """
+
+    pixels: Tensor
+    predictions: tuple[Prediction, ...]
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes; 0 where neither has an area."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    both = width * height
+    either = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return both / either if either > 0 else 0.0
+
+
+@torch.no_grad()
+def predict(
+    model: GranViT,
+    prompts: Prompts,
+    samples: Sequence[Sample],
+    *,
+    style: str = "relative",
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> list[Answered]:
+    """Asks a model the questions of samples, whose answers it does not see.
+
+    Args:
+        model: left in the mode that it was in.
+        prompts: the tokens of its language model.
+        samples: of one frame each.
+        style: in which boxes are written, see :data:`granvit.geometry.BOX_STYLES`.
+        max_new_tokens: of an answer, at most.
+        batch_size: questions at a time.
+    """
+    if not samples:
+        return []
+    device = next(model.parameters()).device
+    pixels = torch.cat([sample.pixels for sample in samples])
+    size = (pixels.shape[-2], pixels.shape[-1])
+    was_training = model.training
+    model.eval()
+    try:
+        answers = model.generate(
+            prompts,
+            pixels.to(device),
+            [[pair.question for pair in sample.pairs] for sample in samples],
+            [[pair.box for pair in sample.pairs] for sample in samples],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    finally:
+        model.train(was_training)
+    found = []
+    for sample, texts in zip(samples, answers, strict=True):
+        predictions = []
+        for pair, text in zip(sample.pairs, texts, strict=True):
+            boxes = parse_boxes(text, style, size) if pair.task == "caption_to_bbox" else []
+            predictions.append(Prediction(pair, text, boxes[0] if boxes else None))
+        found.append(Answered(sample.pixels[0], tuple(predictions)))
+    return found
+
+
+def share_right(answered: Sequence[Answered], task: str) -> tuple[float, int]:
+    """Share of a task's questions that were answered right, and how many there were."""
+    asked = [p for image in answered for p in image.predictions if p.pair.task == task]
+    return (sum(p.right for p in asked) / len(asked) if asked else 0.0), len(asked)
