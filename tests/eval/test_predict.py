@@ -43,8 +43,9 @@ def test_a_box_is_right_from_half_the_overlap_on(box: tuple, right: bool) -> Non
 def test_iou_is_torchvisions() -> None:
     a, b = random_boxes(200).double(), random_boxes(200).double()
     expected = box_iou(a, b).diagonal().nan_to_num()  # of two boxes without area
-    found = torch.tensor([iou(x, y) for x, y in zip(map(tuple, a.tolist()), map(tuple, b.tolist()), strict=True)])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(map(tuple, a.tolist()), map(tuple, b.tolist()), strict=True)
+    found = torch.tensor([iou(x, y) for x, y in pairs], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert iou((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)) == 0.0
 
 
