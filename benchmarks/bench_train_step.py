@@ -62,10 +62,9 @@ def test_train_step(
     provider: str,
     turn: int,
 ) -> None:
+    case = {"workload": workload, "provider": provider}
     if provider.endswith("_compiled") and workload == "cpu":
-        leave_out(
-            "compiled forms are for CUDA; at this size there is nothing to fuse", workload=workload, provider=provider
-        )
+        leave_out("compiled forms run on CUDA; on this model compiling tells nothing", **case)
     shared = bed(workload)
     reason = measure(benchmark, shared, workload, provider)
     if reason:
@@ -74,7 +73,7 @@ def test_train_step(
         free(shared.device)
         if provider.startswith("granvit"):
             pytest.fail(reason)
-        leave_out(reason, workload=workload, provider=provider)
+        leave_out(reason, **case)
     assert benchmark.extra_info["match"]
 
 
@@ -82,12 +81,9 @@ def measure(benchmark: Any, bed: Bed, workload: str, provider: str) -> str:
     """Checks and times a form; the reason where it needs more memory than there is."""
     try:
         _measure(benchmark, bed, workload, provider)
-    except torch.OutOfMemoryError:
-        # Left before anything else is done: the error holds on to the frames, and these to the tensors.
-        total = torch.cuda.mem_get_info(bed.device)[1] / 2**30 if bed.device.type == "cuda" else 0.0
-        return (
-            f"out of memory: a batch of {bed.workload.images} images needs more than the {total:.0f} GiB of the device"
-        )
+    except torch.OutOfMemoryError as error:
+        # Returned, so that the caller frees memory once the error, and with it the frames and their tensors, is gone.
+        return f"{bed.workload.images} images: {'. '.join(str(error).split('. ')[:2])}"
     return ""
 
 

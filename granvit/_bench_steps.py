@@ -88,8 +88,8 @@ def show(report: dict[str, Any], console: Console) -> bool:
         if workload == "paper":
             for text, held in verdicts(found):
                 console.print(f"{_HELD[held]} {text}", soft_wrap=True, highlight=False)
-    skips = {(skip["workload"], skip["provider"], skip["reason"]) for skip in report.get("skipped", [])}
-    for workload, provider, reason in sorted(skips):
+    skips = {(skip["workload"], skip["provider"]): skip["reason"] for skip in reversed(report.get("skipped", []))}
+    for (workload, provider), reason in sorted(skips.items()):  # of several passes, the first one's
         console.print(f"skipped {provider} of {workload}: {reason}", style="dim", markup=False, highlight=False)
     return wrong
 
