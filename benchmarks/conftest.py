@@ -94,6 +94,20 @@ def measure(
     return run
 
 
+@pytest.fixture
+def leave_out(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Skips a case of a pipeline, whose fields are given, for a reason that goes into the JSON."""
+
+    def skip(reason: str, **fields: str) -> None:
+        request.config.stash.setdefault(_LEFT_OUT, []).append({**fields, "reason": reason})
+        pytest.skip(reason)
+
+    return skip
+
+
+_LEFT_OUT = pytest.StashKey[list[dict[str, str]]]()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A file that is a suite of its own runs where that suite is asked for, and nothing else does then.
     suite = config.getoption("--suite")
@@ -118,6 +132,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     session = config.stash.get(_SESSION, None)
     if session is None:
+        output_json["skipped"] = config.stash.get(_LEFT_OUT, [])
         return
     names = ("op", "workload", "dtype", "mode", "provider")
     output_json["skipped"] = [

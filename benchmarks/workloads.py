@@ -210,6 +210,7 @@ SUITES = {
         device="cuda",
     ),
     "data": Suite((), device="cpu"),  # bench_data.py
+    "train_step": Suite(()),  # bench_train_step.py
     "smoke": Suite(
         tuple(
             Selection(

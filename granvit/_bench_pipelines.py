@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from granvit import _bench_steps
 
 
 def is_pipeline(report: dict[str, Any]) -> bool:
@@ -14,8 +17,19 @@ def is_pipeline(report: dict[str, Any]) -> bool:
     return any("pipeline" in entry["extra_info"] for entry in report["benchmarks"])
 
 
+def _of_steps(report: dict[str, Any]) -> bool:
+    return any(entry["extra_info"].get("pipeline") == _bench_steps.SUITE for entry in report["benchmarks"])
+
+
+def plot(report: dict[str, Any], stem: Path) -> list[Path]:
+    """Draws what the suite has to show beside its tables; the files, whose names start with `stem`."""
+    return _bench_steps.plot(report, stem) if _of_steps(report) else []
+
+
 def show(report: dict[str, Any], console: Console) -> bool:
     """Prints the rates of a run's JSON; True where a provider of ours did not give the expected result."""
+    if _of_steps(report):
+        return _bench_steps.show(report, console)
     machine = report["machine_info"]["granvit"]
     console.print(f"{machine['device']}, torch {machine['torch']}")
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}

@@ -32,6 +32,7 @@ NEEDED = {
     "matplotlib": "matplotlib",
     "torchvision": "torchvision",
 }
+NEEDED_BY = {"train_step": {"transformers": "transformers"}}
 INTERRUPTED, WRONG_USAGE, NOTHING_SELECTED = 2, 4, 5  # exit statuses of pytest
 
 
@@ -49,8 +50,9 @@ def run(
     """Runs a suite, prints its tables, draws its plots and says whether the targets held.
 
     Args:
-        suite: ``"cpu"`` (the CPU targets and the sweeps), ``"gpu"``, ``"sweep"``, ``"data"`` (reading shards) or
-            ``"smoke"`` (seconds, tiny shapes).
+        suite: ``"cpu"`` (the CPU targets and the sweeps), ``"gpu"``, ``"sweep"``, ``"data"`` (reading shards),
+            ``"train_step"`` (a step of stage 1, on a GPU at the size of the paper) or ``"smoke"`` (seconds, tiny
+            shapes).
         select: a pytest ``-k`` expression over case names such as ``page.b2.q1-bfloat16-full-granvit-0``.
         dtypes: only these dtypes (``"float32"``, ``"bfloat16"``, ``"float16"``); empty means the suite's.
         device: ``"cpu"`` or ``"cuda"``; None leaves it to the suite.
@@ -68,7 +70,7 @@ def run(
     """
     # Piped output has no width of its own, and the tables need more than the 80 columns that rich would assume.
     console = console or Console(width=None if sys.stdout.isatty() else 120)
-    suites = require()
+    suites = require(suite)
     options = ["--suite", suite, *(f"--dtype={dtype}" for dtype in dtypes)]
     options += ["--device", device] if device else []
     options += ["-k", select] if select else []
@@ -89,14 +91,16 @@ def run(
         raise UserError(f"bench: pytest ended with status {status} and left no results; its output is in {stem}.log")
     report = json.loads(path.read_text())
     if _bench_pipelines.is_pipeline(report):
-        failed, drawn = _bench_pipelines.show(report, console), []
+        failed = _bench_pipelines.show(report, console)
+        drawn = _bench_pipelines.plot(report, stem) if plots else []
     else:
         failed = _bench_report.show(report, console)
         cases = _bench_rows.rows(report)
         ops = _bench_report.ops(report) if plots else []
-        drawn = [op for op in ops if _bench_report.plot(op, cases, Path(f"{stem}-{op}.png"))]
-    for name in [path.name, *(f"{stem.name}-{op}.png" for op in drawn)]:
-        console.print(f"wrote {stem.parent / name}", soft_wrap=True, highlight=False)
+        named = {op: Path(f"{stem}-{op}.png") for op in ops}
+        drawn = [file for op, file in named.items() if _bench_report.plot(op, cases, file)]
+    for file in [path, *drawn]:
+        console.print(f"wrote {file}", soft_wrap=True, highlight=False)
     if status == INTERRUPTED:
         console.print("interrupted: the tables hold what had finished", style="yellow")
         return 130
@@ -105,8 +109,8 @@ def run(
     return 1 if failed or status != 0 else 0
 
 
-def require() -> Path:
-    """The folder of the suites, where everything that they need is there.
+def require(suite: str = "") -> Path:
+    """The folder of the suites, where everything that they need is there, and what the one of that name needs beside.
 
     Raises:
         UserError: it is not; MissingDependencyError where packages are missing.
@@ -117,10 +121,12 @@ def require() -> Path:
             "bench: the benchmark suites are not part of the installed package; run this from a source checkout, "
             "installed with `pip install -e .[bench]`"
         )
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    own = NEEDED_BY.get(suite, {})
+    missing = [package for module, package in {**NEEDED, **own}.items() if importlib.util.find_spec(module) is None]
     if missing:
+        extras = "bench,train" if own else "bench"
         raise MissingDependencyError(
-            f"bench: {', '.join(missing)} not installed; `pip install granvit[bench]` brings what is missing"
+            f"bench: {', '.join(missing)} not installed; `pip install granvit[{extras}]` brings what is missing"
         )
     return folder
 

@@ -52,7 +52,7 @@ def quickstart(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="cpu, gpu, sweep, data, or smoke (seconds, tiny shapes).")] = "cpu",
+    suite: Annotated[str, typer.Option(help="cpu, gpu, sweep, data, train_step, or smoke (seconds).")] = "cpu",
     select: Annotated[
         str | None, typer.Option("-k", "--select", help="pytest -k expression over case names; --list shows them.")
     ] = None,

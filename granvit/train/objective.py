@@ -30,12 +30,15 @@ class Micro:
         grids: ``(R, 2)``, the teacher's grid of each region, on the CPU; None where all have that of the frame.
         tokens: supervised ones.
         cells: of the teacher's maps; of the contrastive objective, the regions.
+        places: boxes ``(R, 4)`` and frames ``(R,)`` of crops at their own size, on the CPU like their `grids`: they
+            decide shapes.
     """
 
     batch: PackedBatch
     grids: Tensor | None
     tokens: float
     cells: float
+    places: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Micro:
         """The same with the batch on a device."""
@@ -109,7 +112,7 @@ class Objective(nn.Module):
             rows, columns = grid_of(self.tower, size)
             return Micro(batch, None, tokens, float(rows * columns * len(batch.boxes)))
         grids = native_grids(batch.boxes, batch.image_index, size, patch_of(self.tower))
-        return Micro(batch, grids, tokens, float(grids.prod(1).sum()))
+        return Micro(batch, grids, tokens, float(grids.prod(1).sum()), (batch.boxes, batch.image_index))
 
     def forward(
         self, micro: Micro, counts: Counts | None = None, *, wrong_image: bool = False, by_region: bool = False
@@ -153,11 +156,11 @@ class Objective(nn.Module):
         batch, tower, layer = micro.batch, self.teacher.tower, self.model.llava.config.vision_feature_layer
         with torch.no_grad():
             pixels = normalise(batch.pixels, self.model.mean, self.model.std, torch.float32)
-            if micro.grids is None:
+            if micro.grids is None or micro.places is None:
                 crops = crop_boxes(pixels, batch.boxes, batch.image_index, (pixels.shape[-2], pixels.shape[-1]))
                 seen = vision_tokens(tower, crops, layer)
             else:
-                patches = native_patches(pixels, batch.boxes, batch.image_index, micro.grids, patch_of(tower))
+                patches = native_patches(pixels, *micro.places, micro.grids, patch_of(tower))
                 seen = packed_tokens(tower, patches, micro.grids, layer)
         return region_distill_loss(
             tokens,
