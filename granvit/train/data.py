@@ -18,7 +18,7 @@ from granvit.data.images import frame
 from granvit.data.mixing import Mixture
 from granvit.data.record import Record, Region
 from granvit.data.scenes import SceneComposer
-from granvit.data.shards import Shard, read_index
+from granvit.data.shards import Shard, open_shard, read_index
 from granvit.data.tasks import Pair, TaskSampler
 from granvit.errors import UserError
 from granvit.geometry import BoxTransform, clip, format_box
@@ -64,7 +64,7 @@ class ShardSource:
         """See :class:`Source`."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         within = i - (int(self._ends[number - 1]) if number else 0)
-        shard = self._open.pop(number, None) or Shard(self.folder / self._shards[number].name)
+        shard = self._open.pop(number, None) or open_shard(self.folder, self._shards[number])
         self._open[number] = shard  # the last of them is the one that was used last
         if len(self._open) > self._OPEN:
             self._open.pop(next(iter(self._open))).close()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+
+from granvit.errors import UserError, why_not_written
 
 METRICS = "metrics.jsonl"
 
@@ -36,7 +40,11 @@ class RunLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def start(self, stage: str, steps: int, step: int) -> None:
-        """A stage begins, or goes on after `step`; lines that a killed run wrote beyond that are forgotten."""
+        """A stage begins, or goes on after `step`; lines that a killed run wrote beyond that are forgotten.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         self.stage, self.steps = stage, steps
         if self._console is None or not self._path.exists():
             return
@@ -44,22 +52,36 @@ class RunLog:
         kept = [line for line in lines if not self._repeated(line, step)]
         if len(kept) < len(lines):
             partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self._path)
+            with self._explained():
+                partial.write_text("".join(kept), encoding="utf-8")
+                partial.replace(self._path)
 
     def _repeated(self, line: str, step: int) -> bool:
         try:
             entry = json.loads(line)
         except ValueError:
             return True  # cut short by a kill
+        if not line.endswith("\n"):
+            return True  # likewise: the next line would be written behind it
         return entry["stage"] == self.stage and entry["step"] > step
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path}: {why_not_written(error)}") from error
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A line of figures."""
+        """A line of figures.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self._console is None:
             return
         entry = {"stage": self.stage, "step": step, "time": time.time(), **values}
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._explained(), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         if self._writer is not None:
             for name, value in values.items():
@@ -67,7 +89,8 @@ class RunLog:
             self._writer.flush()
         text = render(values)
         if text:
-            self._console.print(f"[bold]{self.stage}[/] {step}/{self.steps}  {text}", highlight=False, soft_wrap=True)
+            line = f"[bold]{escape(self.stage)}[/] {step}/{self.steps}  {text}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A sentence."""

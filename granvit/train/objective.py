@@ -18,7 +18,21 @@ from granvit.ops import region_distill_loss
 from granvit.recipe import Stage
 from granvit.train.teacher import Teacher
 
-_SAME = 1 - 1e-4  # cosine of two captions from which on they are one
+_SAME = 1e-4  # of its length, the distance up to which a caption's mean embedding is another's: rounding, and no word
+
+
+class NativeCrops(NamedTuple):
+    """What the teacher is shown at its own size. Lengths follow from it, so it stays on the CPU with any device.
+
+    Attributes:
+        boxes: ``(R, 4)`` float32, relative to their frames.
+        image_index: ``(R,)`` int64, the frame of each.
+        grids: ``(R, 2)`` int64, the teacher's grid of each.
+    """
+
+    boxes: Tensor
+    image_index: Tensor
+    grids: Tensor
 
 
 @dataclass
@@ -27,21 +41,18 @@ class Micro:
 
     Attributes:
         batch: packed.
-        grids: ``(R, 2)``, the teacher's grid of each region, on the CPU; None where all have that of the frame.
+        crops: of every region; None where all are resized to the frame.
         tokens: supervised ones.
-        cells: of the teacher's maps; of the contrastive objective, the regions.
-        places: boxes ``(R, 4)`` and frames ``(R,)`` of crops at their own size, on the CPU like their `grids`: they
-            decide shapes.
+        cells: of the teacher's maps; of the contrastive objective, the regions that have a caption.
     """
 
     batch: PackedBatch
-    grids: Tensor | None
+    crops: NativeCrops | None
     tokens: float
     cells: float
-    places: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Micro:
-        """The same with the batch on a device."""
+        """The same with the batch on a device; the crops stay on the CPU."""
         return replace(self, batch=self.batch.to(device, non_blocking=True))
 
 
@@ -104,7 +115,7 @@ class Objective(nn.Module):
         """Counts a batch that the data handed over, on the CPU."""
         tokens = float(len(batch.supervised))
         if self.contrastive:
-            return Micro(batch, None, tokens, float(len(batch.boxes)))
+            return Micro(batch, None, tokens, float(len(_captioned(batch))))
         if self.distillation is None:
             return Micro(batch, None, tokens, 0.0)
         size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
@@ -112,7 +123,8 @@ class Objective(nn.Module):
             rows, columns = grid_of(self.tower, size)
             return Micro(batch, None, tokens, float(rows * columns * len(batch.boxes)))
         grids = native_grids(batch.boxes, batch.image_index, size, patch_of(self.tower))
-        return Micro(batch, grids, tokens, float(grids.prod(1).sum()), (batch.boxes, batch.image_index))
+        crops = NativeCrops(batch.boxes, batch.image_index, grids)
+        return Micro(batch, crops, tokens, float(grids.prod(1).sum()))
 
     def forward(
         self, micro: Micro, counts: Counts | None = None, *, wrong_image: bool = False, by_region: bool = False
@@ -156,19 +168,23 @@ class Objective(nn.Module):
         batch, tower, layer = micro.batch, self.teacher.tower, self.model.llava.config.vision_feature_layer
         with torch.no_grad():
             pixels = normalise(batch.pixels, self.model.mean, self.model.std, torch.float32)
-            if micro.grids is None or micro.places is None:
+            if not len(batch.boxes):
+                # A stock tower takes no empty batch, and a sharded one has to run on every rank.
+                seen = vision_tokens(tower, pixels[:1], layer)[:0]
+                seen = seen if micro.crops is None else seen.flatten(0, 1)
+            elif micro.crops is None:
                 crops = crop_boxes(pixels, batch.boxes, batch.image_index, (pixels.shape[-2], pixels.shape[-1]))
                 seen = vision_tokens(tower, crops, layer)
             else:
-                patches = native_patches(pixels, *micro.places, micro.grids, patch_of(tower))
-                seen = packed_tokens(tower, patches, micro.grids, layer)
+                patches = native_patches(pixels, *micro.crops, patch_of(tower))
+                seen = packed_tokens(tower, patches, micro.crops.grids, layer)
         return region_distill_loss(
             tokens,
             seen.to(tokens.dtype),
             batch.boxes,
             batch.image_index,
             grid,
-            grid if micro.grids is None else micro.grids,
+            grid if micro.crops is None else micro.crops.grids,
             loss=self.distillation.loss,
             reduction=reduction,
         )
@@ -197,26 +213,33 @@ class Contrast(nn.Module):
         """Mean over the regions that have a caption; 0 without any."""
         regions = model.regions(batch)  # [R, D]
         with torch.autocast(regions.device.type, enabled=False):  # cosines near 1 and logits near -10 need float32
-            words, asked = self._captions(model, batch, len(regions))
-            image = F.normalize(regions.float()[asked], dim=-1)
-            text = F.normalize(words[asked], dim=-1)
-            same = (text @ text.T > _SAME).float() * 2 - 1
+            words = self._captions(model, batch)  # [n, D]
+            rows = torch.tensor(_captioned(batch), dtype=torch.int64, device=regions.device)
+            image = F.normalize(regions.float()[rows], dim=-1)
+            length, centred = words.norm(dim=-1, keepdim=True), words - words.mean(0)
+            # Captions that are all the same leave nothing but rounding, which must not become a direction.
+            text = centred / centred.norm(dim=-1, keepdim=True).maximum(_SAME * length)
+            apart = torch.cdist(words, words, compute_mode="donot_use_mm_for_euclid_dist")  # which would round 0 up
+            same = (apart <= _SAME * length).float() * 2 - 1
             logits = image @ text.T * self.scale.exp() + self.bias
             return -F.logsigmoid(same * logits).sum() / max(len(image), 1)
 
     @torch.no_grad()
-    def _captions(self, model: GranViT, batch: PackedBatch, regions: int) -> tuple[Tensor, Tensor]:
-        """Mean word embedding ``(R, D)`` of each region's caption, centred, and the regions that have one."""
-        region_of = [-1 if pair.region is None else pair.region for pair in batch.pairs]
+    def _captions(self, model: GranViT, batch: PackedBatch) -> Tensor:
+        """Mean word embedding ``(n, D)`` of each caption."""
+        row_of = {region: row for row, region in enumerate(_captioned(batch))}
+        rows = [len(row_of) if pair.region is None else row_of[pair.region] for pair in batch.pairs]
         labels = batch.labels.flatten()[batch.supervised]
         pair = batch.pair.flatten()[batch.supervised] - 1
         last = torch.ones_like(pair, dtype=torch.bool)
         last[:-1] = pair[:-1] != pair[1:]  # the end of the turn, which is no word
         embeddings = model.llava.get_input_embeddings()(labels[~last]).float()
-        row = torch.tensor(region_of, device=labels.device)[pair[~last]]
-        total = embeddings.new_zeros(regions + 1, embeddings.shape[1]).index_add_(0, row % (regions + 1), embeddings)
-        count = torch.bincount(row % (regions + 1), minlength=regions + 1)[:regions]
-        mean = total[:regions] / count.clamp(min=1)[:, None]
-        asked = [region for region in dict.fromkeys(region_of) if region >= 0]
-        index = torch.tensor(sorted(asked), dtype=torch.int64, device=labels.device)
-        return mean - mean[index].mean(0), index
+        row = torch.tensor(rows, dtype=torch.int64, device=labels.device)[pair[~last]]
+        total = embeddings.new_zeros(len(row_of) + 1, embeddings.shape[1]).index_add_(0, row, embeddings)
+        count = torch.bincount(row, minlength=len(row_of) + 1)
+        return (total / count.clamp(min=1)[:, None])[:-1]  # less what the captions of whole images made
+
+
+def _captioned(batch: PackedBatch) -> list[int]:
+    """Rows of the boxes that have a caption among the pairs."""
+    return sorted({pair.region for pair in batch.pairs if pair.region is not None})
