@@ -9,10 +9,10 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from granvit.errors import UserError
+from granvit.errors import UserError, why_not_written
 from granvit.model.granvit import GranViT
 
 SETTINGS, HEADS = "granvit.json", "granvit.safetensors"
@@ -27,7 +27,7 @@ class Checkpoint:
     """What a folder holds.
 
     Attributes:
-        model: with the weights in the dtypes in which they were saved.
+        model: float32, as all training begins.
         tokenizer: with the special tokens.
         image_size: side of the square frame in pixels.
     """
@@ -50,7 +50,7 @@ def save(model: GranViT, tokenizer: PreTrainedTokenizerBase, image_size: int, fo
         CheckpointError: it cannot be written.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     settings = {"prompt": model.prompt, "mean": model.mean, "std": model.std, "image_size": image_size}
     heads = {name: value for name, value in model.state_dict().items() if not name.startswith("llava.")}
     try:
@@ -60,11 +60,15 @@ def save(model: GranViT, tokenizer: PreTrainedTokenizerBase, image_size: int, fo
         tokenizer.save_pretrained(partial)
         safetensors.torch.save_file(heads, partial / HEADS)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
         partial.replace(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:  # each library reports a full disk in its own way, tokenizers by nothing more special
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder}: the model cannot be written: {error}") from error
+        why = why_not_written(error) if isinstance(error, OSError) else f"cannot be written: {_one_line(error)}"
+        raise CheckpointError(f"{folder}: {why}") from error
 
 
 def load(folder: str | Path, *, attention: str = "sdpa") -> Checkpoint:
@@ -80,16 +84,43 @@ def load(folder: str | Path, *, attention: str = "sdpa") -> Checkpoint:
     folder = Path(folder)
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        llava = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation={"text_config": attention, "vision_config": "sdpa"}
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name in ("config.json", "tokenizer.json"):  # else transformers makes up 7 billion weights
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{name} is missing")
+        llava = _llava(folder, attention)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = GranViT(llava, prompt=settings["prompt"], mean=settings["mean"], std=settings["std"])
-        heads = safetensors.torch.load_file(folder / HEADS)
-        missing, unknown = model.load_state_dict(heads, strict=False)
-        lacking = [name for name in missing if not name.startswith("llava.")]
-        if lacking or unknown:
-            raise CheckpointError(f"{folder / HEADS}: lacks {lacking or 'nothing'}, has unknown {unknown or 'nothing'}")
+        missing, unknown = model.load_state_dict(safetensors.torch.load_file(folder / HEADS), strict=False)
+        _complete(folder / HEADS, [name for name in missing if not name.startswith("llava.")], unknown)
         return Checkpoint(model, tokenizer, settings["image_size"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: holds no model that granvit wrote: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # as for writing
+        raise CheckpointError(f"{folder}: holds no model that granvit wrote: {_one_line(error)}") from error
+
+
+def _llava(folder: Path, attention: str) -> LlavaForConditionalGeneration:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns where this raises
+    try:
+        llava, info = LlavaForConditionalGeneration.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation={"text_config": attention, "vision_config": "sdpa"},
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    # It would begin with random weights for what is not there.
+    _complete(folder / "model.safetensors", sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
+    return llava
+
+
+def _complete(path: Path, missing: list[str], unknown: list[str]) -> None:
+    if missing or unknown:
+        raise CheckpointError(f"{path}: lacks {missing or 'nothing'}, has unknown {unknown or 'nothing'}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from granvit.data.tasks import Pair
+from granvit.model.granvit import GranViT
 from granvit.model.packing import PackedBatch, Sample
 from granvit.model.prompts import Prompts, add_special_tokens
 from granvit.recipe import Stage
