@@ -173,6 +173,9 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
     args = _arguments(recipe, stage, steps, place, data, layers)
     with Stop() as stop:
         trainer = StageTrainer(objective, stage, args, data, heldout, workers=recipe.data.workers, log=log, stop=stop)
+        if sharded and data.world_size > 1 and not trainer.is_fsdp_enabled:
+            # accelerate leaves the plugin aside in silence.
+            raise RunError("parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU; ddp works on both")
         first = trainer.accelerator.is_main_process
         if first:
             for half in remove_unfinished(place):

@@ -14,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -421,7 +422,7 @@ class StageTrainer(Trainer):
         None where each rank has them."""
         if not self.is_fsdp_enabled:
             return None
-        whole = self.accelerator.get_state_dict(self.model)
+        whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {name.removeprefix("model."): value for name, value in whole.items() if name.startswith("model.")}
 
     def left(self) -> str:

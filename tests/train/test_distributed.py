@@ -26,11 +26,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def worker(rank: int, plain: dict[str, Any], port: int, stop_after: int) -> None:
+def worker(rank: int, plain: dict[str, Any], port: int, stop_after: int, shard_on_cpu: bool) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    if shard_on_cpu:
+        _shard_on_cpu()
     if stop_after and rank == 1:
         _ask_to_stop(stop_after)
     status, _ = train(plain)
@@ -55,8 +57,25 @@ def _ask_to_stop(step: int) -> None:
     StageTrainer.get_batch_samples = asked  # type: ignore[method-assign]
 
 
-def on_two(plain: dict[str, Any], stop_after: int = 0) -> None:
-    mp.spawn(worker, args=(plain, free_port(), stop_after), nprocs=2)
+def _shard_on_cpu() -> None:
+    """accelerate shards on accelerators only; FSDP2 itself and everything that calls it run on the CPU too."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    begin = AcceleratorState.__init__
+
+    def sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = sharded
+
+
+def on_two(plain: dict[str, Any], stop_after: int = 0, *, shard_on_cpu: bool = True) -> None:
+    mp.spawn(worker, args=(plain, free_port(), stop_after, shard_on_cpu), nprocs=2)
 
 
 def recipe(folder: Path, crops: str, **settings: Any) -> dict[str, Any]:
@@ -118,3 +137,8 @@ def test_two_processes_train_as_one(
     ours, theirs = checkpoint(first), checkpoint(tmp_path / "out" / "first")
     assert any(name.startswith("teacher.") for name in theirs)
     _close(ours, theirs)
+
+
+def test_sharding_where_accelerate_does_none_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU"):
+        on_two(recipe(tmp_path, "resize", parallel="fsdp2"), shard_on_cpu=False)

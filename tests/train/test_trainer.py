@@ -187,7 +187,7 @@ def test_contrastive_stage(tmp_path: Path) -> None:
         "objective": "contrastive",
         "prompt": "region",
         "regions": 3,
-        "steps": 12,
+        "steps": 40,
         "batch_size": 4,
         "learning_rate": 1e-2,
         "log_every": 3,
@@ -196,7 +196,7 @@ def test_contrastive_stage(tmp_path: Path) -> None:
     train(plain)
     lines = [line for line in metrics(plain["output"]) if line["stage"] == "warm"]
     losses = [line["contrastive"] for line in lines if "loss" in line]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-4:]) < sum(losses[:4])
     assert lines[-1]["heldout/contrastive"] > 0
 
 
