@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from granvit.errors import UserError
-from granvit.recipe import PARTS, Stage
+from granvit.recipe import Stage
 from granvit.train.checkpoints import (
     COMPLETE,
     WEIGHTS,
@@ -31,28 +30,14 @@ from granvit.train.checkpoints import (
 )
 from granvit.train.data import Loaded, TrainingData
 from granvit.train.evaluation import heldout_losses, look_again
+from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
 from granvit.train.meters import Meters
 from granvit.train.objective import Counts, Losses, Micro, Objective
+from granvit.train.parts import TrainingError, check_gradients, optimizer_groups
 from granvit.train.stopping import Stop
 
 _KEPT = 2  # checkpoints of a stage
-
-
-class TrainingError(UserError):
-    """Training cannot go on; the text says why and what is left."""
-
-
-def part_of(name: str) -> str:
-    """Which of the recipe's parts a parameter of an :class:`Objective` belongs to; ``""`` for the teacher and the
-    contrastive loss."""
-    if name.startswith("model.llava.model.vision_tower."):
-        return "vision"
-    if name.startswith("model.llava.model.multi_modal_projector."):
-        return "projector"
-    if name.startswith("model.llava."):
-        return "language"
-    return "prompts" if name.startswith("model.") else ""
 
 
 class StageTrainer(Trainer):
@@ -88,7 +73,7 @@ class StageTrainer(Trainer):
         self._stop, self._stop_signal = stop, 0
         self.objective, self.stage, self.run_log = objective, stage, log
         self._data, self._heldout, self._workers = data, heldout, workers
-        super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[_Steps(self)])
+        super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[Steps(self)])
         self.remove_callback(PrinterCallback)  # the run's own log says it
         self.model_accepts_loss_kwargs = True  # so that nothing is divided by the number of micro-batches
         self._meters = Meters(args.device)
@@ -139,7 +124,7 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The endless run of micro-batches from where the checkpoint stopped."""
-        return _Loader(self._data, self._workers, pin_memory=self.args.device.type == "cuda")
+        return Loader(self._data, self._workers, pin_memory=self.args.device.type == "cuda")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Loaded], num_batches: int, device: torch.device
@@ -238,20 +223,9 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: a group for each part, matrices with weight decay and vectors without."""
         if self.optimizer is None:
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((part_of(name), parameter.dim() > 1), []).append(parameter)
-            settings = [
-                {
-                    "params": parameters,
-                    "lr": self.stage.rates.get(part, self.stage.learning_rate),
-                    "weight_decay": self.stage.weight_decay if is_matrix else 0.0,
-                }
-                for (part, is_matrix), parameters in groups.items()
-            ]
+            groups = optimizer_groups(model or self.model, self.stage)
             fused = self.args.device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(settings, lr=self.stage.learning_rate, fused=fused)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.stage.learning_rate, fused=fused)
         return self.optimizer
 
     def check_gradients(self) -> None:
@@ -260,27 +234,7 @@ class StageTrainer(Trainer):
         Raises:
             TrainingError: one of them is not so.
         """
-        alive: Counter[str] = Counter()
-        stray = []
-        for name, parameter in self.objective.named_parameters():
-            part = part_of(name)
-            if parameter.grad is None:
-                continue
-            if not parameter.requires_grad or (part and part not in self.stage.train):
-                stray.append(name)
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            alive[part] += int(bool(grad.any()))
-        parts = [part for part in PARTS if part in self.stage.train]
-        seen = torch.tensor([float(alive[part]) for part in parts], device=self.args.device)
-        if self.args.world_size > 1:  # a rank may have had no region to prompt with, or hold no piece of a part
-            seen = self.accelerator.reduce(seen)
-        dead = [part for part, count in zip(parts, seen.tolist(), strict=True) if not count]
-        if stray:
-            raise TrainingError(f"frozen and with a gradient all the same: {', '.join(stray[:3])}")
-        if dead:
-            raise TrainingError(
-                f"{', '.join(dead)} should train in stage {self.stage.name} and got no gradient in its first step"
-            )
+        check_gradients(self.objective, self.stage, self.args.device)
 
     # ---- the log ----------------------------------------------------------------------------------------------------
 
@@ -423,7 +377,11 @@ class StageTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return None
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return {name.removeprefix("model."): value for name, value in whole.items() if name.startswith("model.")}
+        return {
+            name.removeprefix("model."): value
+            for name, value in whole.items()
+            if name.startswith("model.") and isinstance(value, Tensor)
+        }
 
     def left(self) -> str:
         """What a run that ends now can go on from, in a sentence."""
@@ -442,67 +400,3 @@ class StageTrainer(Trainer):
     def finished(self) -> bool:
         """Whether the stage has had all its steps."""
         return bool(self.state.global_step >= self.state.max_steps)
-
-
-class _Loader:
-    """What the Trainer takes for a DataLoader without a length."""
-
-    def __init__(self, data: TrainingData, workers: int, *, pin_memory: bool) -> None:
-        self._data, self._workers, self._pin = data, workers, pin_memory
-
-    def __iter__(self) -> Iterator[Loaded]:
-        return self._data.loader(self._workers, pin_memory=self._pin)
-
-
-class _Steps(TrainerCallback):
-    """What has to happen at moments that the Trainer calls out."""
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        self._trainer = trainer
-        self._checked = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Starts the clock."""
-        self._trainer.begin()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Looks at the first gradients."""
-        if not self._checked:
-            self._trainer.check_gradients()
-            self._checked = True
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Moves the teacher."""
-        objective = self._trainer.objective
-        if objective.teacher is not None:
-            objective.teacher.update(objective.tower)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ends early, and with a checkpoint, when asked to."""
-        self._trainer.count_step()
-        if self._trainer.should_stop():
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Hands a line on."""
-        if state.is_world_process_zero and logs is not None:
-            try:
-                self._trainer.run_log.write(state.global_step, logs)
-            except OSError as error:
-                raise TrainingError(f"the log cannot be written: {error}. {self._trainer.left()}") from error
