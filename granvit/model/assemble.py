@@ -293,9 +293,14 @@ def _join(
     llava.model.multi_modal_projector = LlavaMultiModalProjector(config)  # started as LLaVA's, by nn.Linear itself
     llava.lm_head = language.get_output_embeddings()
     llava.generation_config = language.generation_config
-    flex = model.attention == "flex_attention" or (model.attention == "auto" and torch.cuda.is_available())
-    llava.model.language_model.set_attn_implementation("flex_attention" if flex else "sdpa")
+    llava.model.language_model.set_attn_implementation(attention_of(model))
     return llava
+
+
+def attention_of(model: Model) -> str:
+    """The attention of the language model here, as transformers names it."""
+    flex = model.attention == "flex_attention" or (model.attention == "auto" and torch.cuda.is_available())
+    return "flex_attention" if flex else "sdpa"
 
 
 def part_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -37,7 +39,13 @@ class Checkpoint:
     image_size: int
 
 
-def save(model: GranViT, tokenizer: PreTrainedTokenizerBase, image_size: int, folder: str | Path) -> None:
+def save(
+    model: GranViT,
+    tokenizer: PreTrainedTokenizerBase,
+    image_size: int,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a folder that transformers loads as LLaVA; what LLaVA has no place for lies beside it.
 
     Args:
@@ -45,6 +53,7 @@ def save(model: GranViT, tokenizer: PreTrainedTokenizerBase, image_size: int, fo
         tokenizer: with the special tokens.
         image_size: side of the square frame in pixels.
         folder: appears when it is whole; what it held is replaced.
+        weights: to write in place of the model's own, which are spread over processes; named as those.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -52,11 +61,13 @@ def save(model: GranViT, tokenizer: PreTrainedTokenizerBase, image_size: int, fo
     folder = Path(folder)
     partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     settings = {"prompt": model.prompt, "mean": model.mean, "std": model.std, "image_size": image_size}
-    heads = {name: value for name, value in model.state_dict().items() if not name.startswith("llava.")}
+    values = model.state_dict() if weights is None else weights
+    heads = {name: value for name, value in values.items() if not name.startswith("llava.")}
+    llava = {name.removeprefix("llava."): value for name, value in values.items() if name.startswith("llava.")}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.llava.save_pretrained(partial)
+        model.llava.save_pretrained(partial, state_dict=llava)
         tokenizer.save_pretrained(partial)
         safetensors.torch.save_file(heads, partial / HEADS)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")

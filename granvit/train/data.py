@@ -4,6 +4,7 @@ taken up anywhere."""
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -299,8 +300,17 @@ class TrainingData(IterableDataset[Loaded]):
         Raises:
             UserError: what stopped a worker.
         """
-        options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+        options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _outlive_signals} if workers else {}
+        # With a generator of its own: from the global one it would draw a seed, and a run that is taken up would go on
+        # with other dropout.
+        options["generator"] = torch.Generator()
         for loaded in DataLoader(self, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options):
             if loaded.error:
                 raise UserError(loaded.error)
             yield loaded
+
+
+def _outlive_signals(worker: int) -> None:
+    """What asks a run to stop goes to all its processes, and the step at hand still needs its data."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -48,10 +48,19 @@ class Meters:
         sums[0].index_add_(0, group, loss)
         sums[1].index_add_(0, group, torch.ones_like(loss))
 
+    def state(self) -> Tensor:
+        """The sums of this rank, for a checkpoint."""
+        return torch.cat([self._answers, self._regions], dim=1)
+
+    def load(self, state: Tensor) -> None:
+        """Goes on from what :meth:`state` gave."""
+        answers, regions = state.to(self._device).split([len(GROUPS), len(SIZES)], dim=1)
+        self._answers, self._regions = answers.clone(), regions.clone()
+
     def means(self) -> dict[str, float]:
         """The means of all ranks, by name, of what was seen: ``caption``, ``caption/<task>``,
         ``caption/<task>/<size>``, ``distillation/<size>``. Waits for the device."""
-        sums = torch.cat([self._answers, self._regions], dim=1)
+        sums = self.state()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         totals, counts = sums.cpu()

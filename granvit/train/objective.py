@@ -149,6 +149,8 @@ class Objective(nn.Module):
             losses.distillation = distilled.detach()
             if not by_region:
                 losses.total = losses.total + self.distillation.weight * distilled
+        # Only the total is differentiated: a sharded model would watch everything else that has a gradient, too.
+        losses.output = replace(output, token_loss=output.token_loss.detach(), tokens=output.tokens.detach())
         return losses
 
     def distill(self, micro: Micro, tokens: Tensor, grid: tuple[int, int], reduction: str = "mean") -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments
@@ -18,15 +20,17 @@ from granvit.data.scenes import SceneComposer
 from granvit.data.tasks import TASKS, TaskSampler
 from granvit.errors import UserError
 from granvit.model import checkpoint
-from granvit.model.assemble import Assembled, assemble, freeze, swap_language
+from granvit.model.assemble import Assembled, assemble, attention_of, freeze, swap_language
 from granvit.model.granvit import GranViT
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Recipe, Stage, load
+from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
 from granvit.train.log import RunLog
 from granvit.train.objective import Objective
-from granvit.train.trainer import StageTrainer, checkpoint_step, last_checkpoint, remove_unfinished
+from granvit.train.stopping import Stop
+from granvit.train.trainer import StageTrainer
 
 RESOLVED, MODEL = "recipe.yaml", "model"
 _PAD = 64  # rows of a batch get a multiple of this many tokens, so that compiled code meets few shapes
@@ -34,14 +38,6 @@ _PAD = 64  # rows of a batch get a multiple of this many tokens, so that compile
 
 class RunError(UserError):
     """A run that cannot begin or go on; the text says why."""
-
-
-@dataclass
-class _Model:
-    """The model at hand, and what goes with it."""
-
-    granvit: GranViT
-    assembled: Assembled
 
 
 def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> int:
@@ -61,110 +57,147 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
     Raises:
         UserError: what cannot be read, loaded, trained or written, in one sentence.
     """
-    transformers_logging.set_verbosity_error()
-    first = int(os.environ.get("RANK", "0")) == 0
+    process = PartialState(cpu=not torch.cuda.is_available())
     folder = Path(recipe.output)
-    if first:
+    if process.is_main_process:
         _claim(recipe, folder, overwrite)
-    log = RunLog(folder, (console or Console(width=None)) if first else None, tensorboard=_has_tensorboard())
-    model: _Model | None = None
-    for number, stage in enumerate(recipe.stages):
-        finished = folder / stage.name / MODEL
-        if finished.exists():
-            log.note(f"{stage.name}: finished before, {finished}")
-            continue
-        model = model or _begin(recipe, number, folder, log)
-        if stage.language is not None:
-            model.assembled = swap_language(model.assembled, stage.language, recipe.model, seed=recipe.seed)
-            model.granvit = _wrap(model.assembled, recipe, model.granvit)
-        signal = _train(recipe, stage, model, folder, log, first)
-        if signal:
-            log.note(f"stopped by signal {signal} after a checkpoint; the same command goes on from there")
-            return 128 + signal
+    process.wait_for_everyone()  # before anyone looks for what may just have been deleted
+    log = RunLog(
+        folder,
+        (console or Console(width=None)) if process.is_main_process else None,
+        tensorboard=find_spec("tensorboard") is not None,
+    )
+    with _quiet_bars():
+        for number, stage in enumerate(recipe.stages):
+            finished = folder / stage.name / MODEL
+            if finished.exists():
+                log.note(f"{stage.name}: finished before, {finished}")
+                continue
+            signal = _train(recipe, number, folder, log)
+            if signal:
+                log.note(f"stopped by signal {signal}; the same command goes on from there")
+                return 128 + signal
     return 0
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Without the progress bars of transformers where nobody watches them: in a file they are litter."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    yield
+    if shown:
+        transformers_logging.enable_progress_bar()
 
 
 def _claim(recipe: Recipe, folder: Path, overwrite: bool) -> None:
     """Makes the folder this recipe's."""
     path = folder / RESOLVED
-    if overwrite and folder.exists():
-        if not path.exists() and any(folder.iterdir()):
-            raise RunError(f"{folder}: holds other things than a run; it is not deleted")
-        shutil.rmtree(folder)
-    if path.exists():
-        before = load(path)
-        if before != recipe:
-            raise RunError(
-                f"{folder}: holds a run of another recipe, {path} says which; choose another output, or --overwrite"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.dump(path)
+    try:
+        if overwrite and folder.exists():
+            if not path.exists() and any(folder.iterdir()):
+                raise RunError(f"{folder}: holds other things than a run; it is not deleted")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            recipe.dump(partial)
+            partial.replace(path)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot hold a run: {error.strerror}") from error
+    if load(path) != recipe:
+        raise RunError(
+            f"{folder}: holds a run of another recipe, {path} says which; choose another output, or --overwrite"
+        )
 
 
-def _has_tensorboard() -> bool:
-    from importlib.util import find_spec
+def _begin(recipe: Recipe, number: int, folder: Path, log: RunLog) -> tuple[GranViT, Assembled]:
+    """The model that a stage starts from: of the parts, of another run, or of the stage before.
 
-    return find_spec("tensorboard") is not None
-
-
-def _begin(recipe: Recipe, stage: int, folder: Path, log: RunLog) -> _Model:
-    """The model that a stage starts from: of the parts, of another run, or of the stage before."""
-    start = folder / recipe.stages[stage - 1].name / MODEL if stage else recipe.start
-    assembled = assemble(recipe.model, seed=recipe.seed)
+    Always read from its folder, so that a stage is the same whether the one before ended in this process or another.
+    """
+    stage = recipe.stages[number]
+    start = folder / recipe.stages[number - 1].name / MODEL if number else recipe.start
+    before = None
     if start is None:
-        for note in assembled.notes:
-            log.note(note)
-        return _Model(_wrap(assembled, recipe, None), assembled)
-    loaded = checkpoint.load(start, attention=assembled.llava.model.language_model.config._attn_implementation)
-    log.note(f"weights: {start}")
-    assembled = replace(assembled, llava=loaded.model.llava, tokenizer=loaded.tokenizer)
-    return _Model(loaded.model, assembled)
+        assembled = assemble(recipe.model, seed=recipe.seed)
+        notes = assembled.notes
+    else:
+        loaded = checkpoint.load(start, attention=attention_of(recipe.model))
+        before, size = loaded.model, loaded.image_size
+        if size != recipe.model.image_size:
+            raise RunError(
+                f"start: {start} has frames of {size} pixels, expected model.image_size, {recipe.model.image_size}"
+            )
+        mean, std = ((x[0], x[1], x[2]) for x in (before.mean, before.std))
+        assembled = Assembled(before.llava, loaded.tokenizer, mean, std, size)
+        notes = (f"weights: {start}",)
+    if stage.language is not None:
+        key = f"stages.{number}.language"
+        assembled = swap_language(assembled, stage.language, recipe.model, seed=recipe.seed, key=key)
+        notes += assembled.notes
+    for note in notes:
+        log.note(note)
+    return _wrap(assembled, recipe, before), assembled
 
 
 def _wrap(assembled: Assembled, recipe: Recipe, before: GranViT | None) -> GranViT:
+    """The model with the heads that it had before, where it had such and the width is still theirs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = GranViT(assembled.llava, prompt=recipe.model.prompt, mean=assembled.mean, std=assembled.std)
-    if before is not None:
-        model.region_prompt = before.region_prompt  # of the tower's width, which a new language model does not change
+    for name in ("region_prompt", "box_prompt"):
+        old, new = getattr(before, name, None), getattr(model, name)
+        if old is not None and new is not None and _shapes(old) == _shapes(new):
+            setattr(model, name, old)
     return model
 
 
-def _train(recipe: Recipe, stage: Stage, model: _Model, folder: Path, log: RunLog, first: bool) -> int:
-    """One stage; the signal that ended it early, or 0."""
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module.parameters()]
+
+
+def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
+    """One stage; the signal that ended the run in it, or 0."""
+    stage = recipe.stages[number]
     place = folder / stage.name
+    model, assembled = _begin(recipe, number, folder, log)
     sharded = recipe.parallel == "fsdp2"  # which wants one dtype in all of a unit's weights
-    dtype = getattr(torch, recipe.model.dtype)
-    freeze(model.granvit, stage.train, frozen_dtype=None if sharded else dtype)
-    objective = Objective(model.granvit, stage)
-    data, heldout = _data(recipe, stage, model)
+    freeze(model, stage.train, frozen_dtype=None if sharded else getattr(torch, recipe.model.dtype))
+    objective = Objective(model, stage)
+    data, heldout = _data(recipe, stage, model, assembled)
     steps = _steps(stage, data)
-    _prepare(stage, model.granvit, objective)
-    layers = sorted({type(block).__name__ for block in _blocks(model.granvit)})
+    _prepare(stage, model, objective)
+    layers = sorted({type(block).__name__ for block in _blocks(model)})
     args = _arguments(recipe, stage, steps, place, data, layers)
-    trainer = StageTrainer(objective, stage, args, data, heldout, workers=recipe.data.workers, log=log)
-    if first:
-        for half in remove_unfinished(place):
-            log.note(f"{half}: was not whole, and is deleted")
-    if args.world_size > 1:
+    with Stop() as stop:
+        trainer = StageTrainer(objective, stage, args, data, heldout, workers=recipe.data.workers, log=log, stop=stop)
+        if sharded and data.world_size > 1 and not trainer.is_fsdp_enabled:
+            # accelerate leaves the plugin aside in silence.
+            raise RunError("parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU; ddp works on both")
+        first = trainer.accelerator.is_main_process
+        if first:
+            for half in remove_unfinished(place):
+                log.note(f"{half}: was not whole, and is deleted")
         trainer.accelerator.wait_for_everyone()
-    last = last_checkpoint(place)
-    log.start(stage.name, steps, checkpoint_step(last) if last else 0)
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    log.note(
-        f"{stage.name}: {steps} steps of {stage.batch_size} images, {trained / 1e6:.1f} M parameters train"
-        + (f"; goes on after step {checkpoint_step(last)}" if last else "")
-    )
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.interrupted:
-        return trainer.interrupted
-    trainer.evaluate()
-    if first:
-        checkpoint.save(model.granvit, model.assembled.tokenizer, recipe.model.image_size, place / MODEL)
-    if args.world_size > 1:
+        last = last_checkpoint(place)
+        log.start(stage.name, steps, checkpoint_step(last) if last else 0)
+        trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        log.note(
+            f"{stage.name}: {steps} steps of {stage.batch_size} images, {trained / 1e6:.3g} M parameters train"
+            + (f"; goes on after step {checkpoint_step(last)}" if last else "")
+        )
+        if stage.wrong_image and data.micro_batch == 1 and stage.objective == "caption":
+            log.note(f"{stage.name}: no loss with a wrong image, since a micro-batch of 1 has no other image to show")
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if not trainer.finished:
+            return trainer.should_stop()
+        weights = trainer.full_weights()
+        if first:
+            checkpoint.save(model, assembled.tokenizer, recipe.model.image_size, place / MODEL, weights)
         trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
-    return 0
+        return trainer.should_stop()
 
 
 def _blocks(model: GranViT) -> list[nn.Module]:
@@ -187,13 +220,16 @@ def _prepare(stage: Stage, model: GranViT, objective: Objective) -> None:
             block.compile(dynamic=None)
 
 
-def _data(recipe: Recipe, stage: Stage, model: _Model) -> tuple[TrainingData, TrainingData | None]:
+def _data(
+    recipe: Recipe, stage: Stage, model: GranViT, assembled: Assembled
+) -> tuple[TrainingData, TrainingData | None]:
     """What a stage trains on, and what it is evaluated on."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    process = PartialState()
+    world, rank = process.num_processes, process.process_index
     size = recipe.model.image_size
-    rows, columns = grid_of(model.granvit.llava.model.vision_tower, (size, size))
+    rows, columns = grid_of(model.llava.model.vision_tower, (size, size))
     micro = stage.micro_batch or -(-stage.batch_size // world)
-    prompts = Prompts(model.assembled.tokenizer)
+    prompts = Prompts(assembled.tokenizer)
     weights = {task: stage.tasks.get(task, 0.0) for task in TASKS} if stage.tasks else {"bbox_to_caption": 1.0}
 
     def stream(sources: tuple[DataSource, ...], seed: int, training: bool) -> TrainingData:
@@ -262,11 +298,10 @@ def _arguments(
         use_cpu=not torch.cuda.is_available(),
         logging_steps=stage.log_every,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if stage.eval_every and recipe.data.heldout else "no",
-        eval_steps=stage.eval_every,
+        eval_strategy="steps" if recipe.data.heldout else "no",
+        eval_steps=stage.eval_every or steps,  # and at the end in any case
         save_strategy="steps" if stage.save_every else "no",
         save_steps=stage.save_every or 500,
-        save_total_limit=2,
         ignore_data_skip=True,
         report_to="none",
         disable_tqdm=True,

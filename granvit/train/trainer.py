@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
+import resource
 import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from granvit.errors import UserError
-from granvit.recipe import PARTS, Stage
+from granvit.recipe import Stage
+from granvit.train.checkpoints import (
+    COMPLETE,
+    WEIGHTS,
+    WINDOW,
+    checkpoint_folder,
+    checkpoint_step,
+    last_checkpoint,
+    rotate,
+)
 from granvit.train.data import Loaded, TrainingData
+from granvit.train.evaluation import heldout_losses, look_again
+from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
 from granvit.train.meters import Meters
 from granvit.train.objective import Counts, Losses, Micro, Objective
+from granvit.train.parts import TrainingError, check_gradients, optimizer_groups
+from granvit.train.stopping import Stop
 
-WEIGHTS = "model.safetensors"
-
-
-class TrainingError(UserError):
-    """Training cannot go on; the text says why and what is left."""
-
-
-def part_of(name: str) -> str:
-    """Which of the recipe's parts a parameter of an :class:`Objective` belongs to; ``""`` for the teacher and the
-    contrastive loss."""
-    if name.startswith("model.llava.model.vision_tower."):
-        return "vision"
-    if name.startswith("model.llava.model.multi_modal_projector."):
-        return "projector"
-    if name.startswith("model.llava."):
-        return "language"
-    return "prompts" if name.startswith("model.") else ""
+_KEPT = 2  # checkpoints of a stage
 
 
 class StageTrainer(Trainer):
@@ -61,6 +55,7 @@ class StageTrainer(Trainer):
         heldout: what to evaluate on, finite; None for nothing.
         workers: processes that read ahead.
         log: where lines go.
+        stop: who is asked after each step whether to end early.
     """
 
     def __init__(
@@ -73,10 +68,12 @@ class StageTrainer(Trainer):
         *,
         workers: int,
         log: RunLog,
+        stop: Stop,
     ) -> None:
+        self._stop, self._stop_signal = stop, 0
         self.objective, self.stage, self.run_log = objective, stage, log
         self._data, self._heldout, self._workers = data, heldout, workers
-        super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[_Steps(self)])
+        super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[Steps(self)])
         self.remove_callback(PrinterCallback)  # the run's own log says it
         self.model_accepts_loss_kwargs = True  # so that nothing is divided by the number of micro-batches
         self._meters = Meters(args.device)
@@ -85,7 +82,7 @@ class StageTrainer(Trainer):
         self._last: Micro | None = None
         self._tally = Counter[str]()
         self._clock = 0.0
-        self._stop_signal = 0
+        self._resumed: Path | None = None
 
     control: TrainerControl
     optimizer: torch.optim.Optimizer | None
@@ -93,30 +90,62 @@ class StageTrainer(Trainer):
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As Trainer has it; stops early, with a checkpoint, on SIGTERM and SIGINT.
+        """As Trainer has it; stops early, with a checkpoint, when asked to.
 
         Raises:
-            TrainingError: a loss that is not finite, an exhausted device, a checkpoint that cannot be written, a part
-                that should get a gradient and does not, or the other way round.
+            TrainingError: a loss that is not finite, an exhausted device, a checkpoint or a log that cannot be written,
+                a part that should get a gradient and does not, or the other way round.
         """
         if resume_from_checkpoint:
-            self._data.first = checkpoint_step(Path(resume_from_checkpoint)) * self.args.gradient_accumulation_steps
-        with self._signals():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._resumed = Path(resume_from_checkpoint)
+            self._data.first = checkpoint_step(self._resumed) * self.args.gradient_accumulation_steps
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the device has no memory left{self._size()}; a smaller "
+                f"micro_batch or max_length, or gradient_checkpointing, needs less. {self.left()}"
+            ) from error
+        self._require_finite()
+        return result
+
+    def _size(self) -> str:
+        if self._last is None:
+            return ""
+        batch = self._last.batch
+        return f" for {batch.pixels.shape[0]} frames and {batch.input_ids.numel()} tokens"
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Taken up after the last step, the Trainer would train another one before it looked at max_steps.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def get_train_dataloader(self) -> Any:
         """The endless run of micro-batches from where the checkpoint stopped."""
-        return _Loader(self._data, self._workers, pin_memory=self.args.device.type == "cuda")
+        return Loader(self._data, self._workers, pin_memory=self.args.device.type == "cuda")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Loaded], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and what its means run over, on all ranks."""
         micros = [self._counted(next(epoch_iterator)) for _ in range(num_batches)]
-        sums = torch.tensor([sum(m.tokens for m in micros), sum(m.cells for m in micros)], dtype=torch.float64)
+        sums = torch.tensor(
+            [
+                sum(m.tokens for m in micros),
+                sum(m.cells for m in micros),
+                float(self._stop.signal == signal.SIGTERM),
+                float(self._stop.signal == signal.SIGINT),
+            ],
+            dtype=torch.float64,
+        )
         if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(device, torch.float32)).cpu()
-        return micros, Counts(*sums.tolist())
+            sums = self.accelerator.reduce(sums.to(device)).cpu()
+        tokens, cells, terminated, interrupted = sums.tolist()
+        # Agreed on here, since all ranks have to stop after the same step.
+        self._stop_signal = int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
+        return micros, Counts(tokens, cells)
 
     def _counted(self, loaded: Loaded) -> Micro:
         self._tally["images"] += loaded.images
@@ -139,18 +168,15 @@ class StageTrainer(Trainer):
         """0: the log has images and tokens a second, and the plan says what they cost."""
         return 0
 
+    def count_step(self) -> None:
+        """One more since the last line of the log."""
+        self._tally["steps"] += 1
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch."""
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the device has no memory left for {inputs.batch.pixels.shape[0]} "
-                f"frames and {inputs.batch.input_ids.numel()} tokens; a smaller micro_batch or max_length, or "
-                f"gradient_checkpointing, needs less. {self._left()}"
-            ) from error
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._check_finite(loss, "the loss")
         return loss
 
@@ -158,8 +184,8 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the step's loss, times the number of ranks, whose gradients are averaged."""
-        losses: Losses = model(inputs, num_items_in_batch)
         self._last = inputs
+        losses: Losses = model(inputs, num_items_in_batch)
         for name in ("caption", "distillation", "contrastive"):
             term = getattr(losses, name)
             if term is not None:
@@ -171,6 +197,8 @@ class StageTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self._check_finite(torch.as_tensor(norm), "the gradient")
         return norm
 
@@ -180,33 +208,24 @@ class StageTrainer(Trainer):
         if value.device.type != "cpu":
             self._finite = self._finite & finite.to(self._finite.device)
         elif not bool(finite):
-            self._finite = self._finite & finite
-            self._require_finite(what)
+            self._raise_not_finite(f"step {self.state.global_step + 1}: {what}")
 
-    def _require_finite(self, what: str = "the loss or the gradient") -> None:
+    def _require_finite(self) -> None:
         if not bool(self._finite):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: {what} is not finite; a lower learning_rate, a longer warmup or a "
-                f"smaller max_grad_norm helps where it grew slowly before. {self._left()}"
-            )
+            self._raise_not_finite(f"step {self.state.global_step} or shortly before: the loss or the gradient")
+
+    def _raise_not_finite(self, what: str) -> None:
+        raise TrainingError(
+            f"{what} is not finite; a lower learning_rate, a longer warmup or a smaller max_grad_norm helps where it "
+            f"grew slowly before. {self.left()}"
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: a group for each part, matrices with weight decay and vectors without."""
         if self.optimizer is None:
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((part_of(name), parameter.dim() > 1), []).append(parameter)
-            settings = [
-                {
-                    "params": parameters,
-                    "lr": self.stage.rates.get(part, self.stage.learning_rate),
-                    "weight_decay": self.stage.weight_decay if is_matrix else 0.0,
-                }
-                for (part, is_matrix), parameters in groups.items()
-            ]
+            groups = optimizer_groups(model or self.model, self.stage)
             fused = self.args.device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(settings, lr=self.stage.learning_rate, fused=fused)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.stage.learning_rate, fused=fused)
         return self.optimizer
 
     def check_gradients(self) -> None:
@@ -215,26 +234,7 @@ class StageTrainer(Trainer):
         Raises:
             TrainingError: one of them is not so.
         """
-        alive: Counter[str] = Counter()
-        stray = []
-        for name, parameter in self.objective.named_parameters():
-            part = part_of(name)
-            if parameter.grad is None:
-                continue
-            if not parameter.requires_grad or (part and part not in self.stage.train):
-                stray.append(name)
-            alive[part] += int(bool(parameter.grad.any()))
-        parts = [part for part in PARTS if part in self.stage.train]
-        seen = torch.tensor([float(alive[part]) for part in parts], device=self.args.device)
-        if self.args.world_size > 1:  # a rank may have had no region to prompt with, or hold no piece of a part
-            seen = self.accelerator.reduce(seen)
-        dead = [part for part, count in zip(parts, seen.tolist(), strict=True) if not count]
-        if stray:
-            raise TrainingError(f"frozen and with a gradient all the same: {', '.join(stray[:3])}")
-        if dead:
-            raise TrainingError(
-                f"{', '.join(dead)} should train in stage {self.stage.name} and got no gradient in its first step"
-            )
+        check_gradients(self.objective, self.stage, self.args.device)
 
     # ---- the log ----------------------------------------------------------------------------------------------------
 
@@ -243,8 +243,9 @@ class StageTrainer(Trainer):
         if "loss" in logs:
             self._require_finite()
             logs = self._line(logs)
+        elif "train_runtime" in logs:
+            return  # the Trainer's summary, which counts from where the run was taken up
         logs.pop("epoch", None)
-        self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _line(self, logs: dict[str, float]) -> dict[str, float]:
@@ -255,7 +256,8 @@ class StageTrainer(Trainer):
         line = {"loss": sum(self._weight(name) * value for name, value in terms.items())}
         line |= terms | {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
         line |= {f"by/{name}": value for name, value in self._meters.means().items() if "/" in name}
-        line |= self._look_again()
+        if self._last is not None and not self.objective.contrastive:
+            line |= look_again(self.model_wrapped, self._last, self.args.device, wrong_image=self.stage.wrong_image)
         line |= self._rates(seconds)
         self._restart()
         return line
@@ -279,45 +281,29 @@ class StageTrainer(Trainer):
                 "log; the data may hold no regions or captions that the stage can use"
             )
 
-    @torch.no_grad()
-    def _look_again(self) -> dict[str, float]:
-        """The last micro-batch with its images exchanged, and the distillation of its regions by size."""
-        micro, found = self._last, {}
-        if micro is None or self.objective.contrastive:
-            return {}
-        meters = Meters(self.args.device)
-        if self.stage.wrong_image and self._enough_images(micro):
-            own, other = (self.model_wrapped(micro, wrong_image=wrong).output for wrong in (False, True))
-            means = []
-            for output in (own, other):
-                meters.add_answers(output.token_loss, output.token_pair, micro.batch.pairs)
-                means.append(meters.means())
-                meters.reset()
-            found = {f"wrong_image/{name}": means[1][name] - value for name, value in means[0].items()}
-        if self.stage.distillation is not None:
-            regions = self.model_wrapped(micro, by_region=True).distillation
-            meters.add_regions(regions, micro.batch.boxes.tolist())
-            found |= {f"by/{name}": value for name, value in meters.means().items() if name.startswith("distill")}
-        return found
-
-    def _enough_images(self, micro: Micro) -> bool:
-        """Whether the batch of every rank has two."""
-        enough = torch.tensor(float(len(micro.batch.frames) > 1), device=self.args.device)
-        if self.args.world_size > 1:
-            enough = self.accelerator.reduce(enough) / self.args.world_size
-        return float(enough) == 1.0
-
     def _rates(self, seconds: float) -> dict[str, float]:
         ranks = self.args.world_size
         rates = {f"{name}_per_second": ranks * self._tally[name] / seconds for name in ("images", "tokens")}
         rates["step_seconds"] = seconds / max(self._tally["steps"], 1)
         if self.args.device.type == "cuda":
             rates["memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
+        else:
+            rates["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
         lost = {name: count for name, count in self._tally.items() if name.startswith(("dropped", "skipped"))}
         return rates | {name: float(count) for name, count in lost.items() if count}
 
+    def begin(self) -> None:
+        """Begins to count for the next line, or goes on where the checkpoint was written between two."""
+        self._restart()
+        path = self._resumed and self._resumed / WINDOW.format(rank=self.args.process_index)
+        if path is not None and path.exists():  # not where it was written by fewer processes
+            window = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._terms = window["terms"]
+            self._meters.load(window["meters"])
+            self._tally.update(window["tally"])
+            self._clock -= window["seconds"]
+
     def _restart(self) -> None:
-        """Begins to count for the next line."""
         self._terms.clear()
         self._meters.reset()
         self._tally.clear()
@@ -325,7 +311,6 @@ class StageTrainer(Trainer):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Losses on the held-out images, by task and size, with the right image and with a wrong one.
 
@@ -335,33 +320,12 @@ class StageTrainer(Trainer):
         if self._heldout is None:
             return {}
         began = time.perf_counter()
-        self.model_wrapped.eval()
-        own, other = Meters(self.args.device), Meters(self.args.device)
-        terms = torch.zeros(2, dtype=torch.float64)  # contrastive, weighted by micro-batches
-        for number in range(math.ceil((self._heldout.length or 0) / self._heldout.micro_batch / self.args.world_size)):
-            loaded = self._heldout.load(number)
-            if loaded.batch is None:
-                continue
-            micro = self.objective.micro(loaded.batch).to(self.args.device)
-            with self.compute_loss_context_manager():
-                losses = self.model_wrapped(micro)
-                if losses.output is not None:
-                    own.add_answers(losses.output.token_loss, losses.output.token_pair, micro.batch.pairs)
-                if losses.output is not None and len(micro.batch.frames) > 1:
-                    wrong = self.model_wrapped(micro, wrong_image=True).output
-                    other.add_answers(wrong.token_loss, wrong.token_pair, micro.batch.pairs)
-            if losses.contrastive is not None:
-                terms += torch.tensor([float(losses.contrastive), 1.0])
-        found = {f"heldout/{name}": value for name, value in own.means().items()}
-        found |= {
-            f"heldout/wrong_image/{name}": value - found[f"heldout/{name}"]
-            for name, value in other.means().items()
-            if f"heldout/{name}" in found
-        }
-        if terms[1]:
-            found["heldout/contrastive"] = float(terms[0] / terms[1])
-        self.model_wrapped.train()
-        self.log(found)
+        found = heldout_losses(
+            self.model_wrapped, self.objective, self._heldout, self.args.device, wrong_image=self.stage.wrong_image
+        )
+        found = {f"heldout/{name}": value for name, value in found.items()}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self._clock += time.perf_counter() - began  # which is no time of training
         return found
 
@@ -370,16 +334,24 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began = time.perf_counter()
         self._require_finite()
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = checkpoint_folder(Path(str(self.args.output_dir)), self.state.global_step)
+        window = {
+            "terms": self._terms,
+            "meters": self._meters.state(),
+            "tally": dict(self._tally),
+            "seconds": began - self._clock,
+        }
         try:
             super()._save_checkpoint(model, trial)
+            torch.save(window, folder / WINDOW.format(rank=self.args.process_index))
+            self.accelerator.wait_for_everyone()  # each rank has files of its own in it
             if self.args.should_save:
                 (folder / COMPLETE).touch()
+                rotate(folder.parent, _KEPT)  # the Trainer's own goes by the clock, and before the new one is whole
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             # Each library reports a full disk in its own way; none of them is a reason to keep half a checkpoint.
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise TrainingError(f"{folder}: cannot be written: {error}. {self._left()}") from error
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(f"{folder}: cannot be written: {error}. {self.left()}") from error
         self._clock += time.perf_counter() - began
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -399,123 +371,32 @@ class StageTrainer(Trainer):
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise TrainingError(f"{path}: cannot be loaded: {error}") from error
 
-    def _left(self) -> str:
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """The weights of the model, gathered on the first rank, where they are spread over all; to be called by all.
+        None where each rank has them."""
+        if not self.is_fsdp_enabled:
+            return None
+        whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {
+            name.removeprefix("model."): value
+            for name, value in whole.items()
+            if name.startswith("model.") and isinstance(value, Tensor)
+        }
+
+    def left(self) -> str:
+        """What a run that ends now can go on from, in a sentence."""
         last = last_checkpoint(Path(str(self.args.output_dir)))
         if last is None:
             return "There is no checkpoint of this stage yet."
         return f"The checkpoint of step {checkpoint_step(last)} is whole: the same command goes on from it."
 
-    # ---- signals ----------------------------------------------------------------------------------------------------
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end training after the step at hand; the second Ctrl-C at once."""
-
-        def asked(number: int, frame: FrameType | None) -> None:
-            if self._stop_signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def should_stop(self) -> int:
+        """The signal on which to end after this step, the same on all ranks; 0 to go on."""
+        return self._stop.signal if self.args.world_size == 1 else self._stop_signal
 
     @property
-    def interrupted(self) -> int:
-        """The signal that ended training early; 0 for none."""
-        return self._stop_signal
-
-    def should_stop(self) -> bool:
-        """Whether any rank was asked to stop."""
-        if self.args.world_size == 1:
-            return bool(self._stop_signal)
-        asked = torch.tensor(float(self._stop_signal), device=self.args.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        self._stop_signal = int(asked)
-        return bool(self._stop_signal)
-
-
-COMPLETE = "complete"
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step that a checkpoint was written after, by its name."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in the folder of a stage; None without any."""
-    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def remove_unfinished(folder: Path) -> list[Path]:
-    """Deletes the checkpoints of a stage that a kill left half written, and says which."""
-    halves = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not (path / COMPLETE).exists()]
-    for path in halves:
-        shutil.rmtree(path)
-    return halves
-
-
-class _Loader:
-    """What the Trainer takes for a DataLoader without a length."""
-
-    def __init__(self, data: TrainingData, workers: int, *, pin_memory: bool) -> None:
-        self._data, self._workers, self._pin = data, workers, pin_memory
-
-    def __iter__(self) -> Iterator[Loaded]:
-        return self._data.loader(self._workers, pin_memory=self._pin)
-
-
-class _Steps(TrainerCallback):
-    """What has to happen at moments that the Trainer calls out."""
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        self._trainer = trainer
-        self._checked = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Starts the clock."""
-        self._trainer._restart()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Looks at the first gradients."""
-        if not self._checked:
-            self._trainer.check_gradients()
-            self._checked = True
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Moves the teacher."""
-        objective = self._trainer.objective
-        if objective.teacher is not None:
-            objective.teacher.update(objective.tower)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ends early, and with a checkpoint, when asked to."""
-        self._trainer._tally["steps"] += 1
-        if self._trainer.should_stop():
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Hands a line on."""
-        if state.is_world_process_zero and logs is not None:
-            self._trainer.run_log.write(state.global_step, logs)
+    def finished(self) -> bool:
+        """Whether the stage has had all its steps."""
+        return bool(self.state.global_step >= self.state.max_steps)

@@ -1,0 +1,78 @@
+"""What the Trainer is handed: data without an end, and what has to happen at moments that it calls out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from granvit.train.data import Loaded, TrainingData
+from granvit.train.parts import TrainingError
+
+if TYPE_CHECKING:
+    from granvit.train.trainer import StageTrainer
+
+
+class Loader:
+    """What the Trainer takes for a DataLoader without a length."""
+
+    def __init__(self, data: TrainingData, workers: int, *, pin_memory: bool) -> None:
+        self._data, self._workers, self._pin = data, workers, pin_memory
+
+    def __iter__(self) -> Iterator[Loaded]:
+        return self._data.loader(self._workers, pin_memory=self._pin)
+
+
+class Steps(TrainerCallback):
+    """What the Trainer is handed: data without an end, and what has to happen at moments that it calls out."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self._trainer = trainer
+        self._checked = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock."""
+        self._trainer.begin()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks at the first gradients."""
+        if not self._checked:
+            self._trainer.check_gradients()
+            self._checked = True
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Moves the teacher."""
+        objective = self._trainer.objective
+        if objective.teacher is not None:
+            objective.teacher.update(objective.tower)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ends early, and with a checkpoint, when asked to."""
+        self._trainer.count_step()
+        if self._trainer.should_stop():
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hands a line on."""
+        if state.is_world_process_zero and logs is not None:
+            try:
+                self._trainer.run_log.write(state.global_step, logs)
+            except OSError as error:
+                raise TrainingError(f"the log cannot be written: {error}. {self._trainer.left()}") from error
