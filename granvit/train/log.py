@@ -63,7 +63,8 @@ class RunLog:
             return True  # cut short by a kill
         if not line.endswith("\n"):
             return True  # likewise: the next line would be written behind it
-        return entry["stage"] == self.stage and entry["step"] > step
+        # From its beginning, a stage also measures again what it starts from.
+        return entry["stage"] == self.stage and (entry["step"] > step or step == 0)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

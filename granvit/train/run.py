@@ -22,6 +22,7 @@ from granvit.errors import UserError
 from granvit.model import checkpoint
 from granvit.model.assemble import Assembled, assemble, attention_of, freeze, swap_language
 from granvit.model.granvit import GranViT
+from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Recipe, Stage, load
@@ -182,6 +183,7 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
                 log.note(f"{half}: was not whole, and is deleted")
         trainer.accelerator.wait_for_everyone()
         last = last_checkpoint(place)
+        args.eval_on_start = heldout is not None and last is None  # what the stage starts from, to compare with
         log.start(stage.name, steps, checkpoint_step(last) if last else 0)
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         log.note(
@@ -230,16 +232,13 @@ def _data(
     rows, columns = grid_of(model.llava.model.vision_tower, (size, size))
     micro = stage.micro_batch or -(-stage.batch_size // world)
     prompts = Prompts(assembled.tokenizer)
-    weights = {task: stage.tasks.get(task, 0.0) for task in TASKS} if stage.tasks else {"bbox_to_caption": 1.0}
 
     def stream(sources: tuple[DataSource, ...], seed: int, training: bool) -> TrainingData:
-        sampler = TaskSampler(weights, regions=stage.regions, seed=seed, style=stage.style)
-        flip = recipe.data.flip if training else 0.0
         opened = list(_opened(sources, size))
         return TrainingData(
             opened,
             [s.weight for s in sources if s.weight is not None] or None,
-            Preparer(sampler, size, stage.prompt, flip, seed),
+            _preparer(recipe, stage, seed, recipe.data.flip if training else 0.0),
             prompts,
             tokens_per_frame=rows * columns,
             max_length=recipe.data.max_length,
@@ -253,6 +252,20 @@ def _data(
 
     data = stream(recipe.data.train, recipe.seed, True)
     return data, stream(recipe.data.heldout, recipe.seed + 1, False) if recipe.data.heldout else None
+
+
+def _preparer(recipe: Recipe, stage: Stage, seed: int, flip: float) -> Preparer:
+    weights = {task: stage.tasks.get(task, 0.0) for task in TASKS} if stage.tasks else {"bbox_to_caption": 1.0}
+    sampler = TaskSampler(weights, regions=stage.regions, seed=seed, style=stage.style)
+    return Preparer(sampler, recipe.model.image_size, stage.prompt, flip, seed)
+
+
+def heldout_samples(recipe: Recipe, stage: Stage, count: int) -> list[Sample]:
+    """The first held-out images of a recipe with the questions of a stage; fewer than `count` where there are fewer."""
+    prepare = _preparer(recipe, stage, recipe.seed + 1, 0.0)
+    sources = list(_opened(recipe.data.heldout, recipe.model.image_size))
+    places = [(source, i) for source in sources for i in range(len(source))]
+    return [prepare(source, i, 0) for source, i in places[:count]]
 
 
 def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source]:
