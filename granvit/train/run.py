@@ -322,5 +322,6 @@ def _arguments(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
         fsdp=recipe.parallel == "fsdp2" and world > 1,
-        fsdp_config={"transformer_layer_cls_to_wrap": layers},
+        # Each rank with files of its own: no rank has to hold all of it, and accelerate's whole ones hang when loaded.
+        fsdp_config={"transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
     )

@@ -297,8 +297,8 @@ class StageTrainer(Trainer):
         self._restart()
         path = self._resumed and self._resumed / WINDOW.format(rank=self.args.process_index)
         if path is not None and path.exists():  # not where it was written by fewer processes
-            window = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._terms = window["terms"]
+            window = torch.load(path, map_location="cpu", weights_only=True)
+            self._terms = {name: term.to(self.args.device) for name, term in window["terms"].items()}
             self._meters.load(window["meters"])
             self._tally.update(window["tally"])
             self._clock -= window["seconds"]

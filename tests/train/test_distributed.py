@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from granvit.train.checkpoints import last_checkpoint
 from tests.train.support import metrics, stage1, stage2, train, tree, weights
@@ -110,8 +111,11 @@ def checkpoint(stage: Path) -> dict[str, torch.Tensor]:
     """Everything that the last checkpoint of a stage holds, the teacher with it."""
     folder = last_checkpoint(stage)
     assert folder is not None
-    sharded = folder / "pytorch_model_fsdp.bin"
-    return torch.load(sharded, weights_only=True) if sharded.exists() else weights(folder)
+    if not (folder / "pytorch_model_fsdp_0").exists():
+        return weights(folder)
+    dcp_to_torch_save(folder / "pytorch_model_fsdp_0", folder / "joined.pt")
+    joined: dict[str, torch.Tensor] = torch.load(folder / "joined.pt", weights_only=True)["model"]
+    return joined
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_two_processes_train_as_one(
         assert last_checkpoint(first) == first / f"checkpoint-{stop_after}"
     on_two(plain)
     compare(tmp_path / "out", tmp_path / "two")
-    assert (first / "checkpoint-3" / "pytorch_model_fsdp.bin").exists() == (parallel == "fsdp2")
+    assert (first / "checkpoint-3" / "pytorch_model_fsdp_0").exists() == (parallel == "fsdp2")
     ours, theirs = checkpoint(first), checkpoint(tmp_path / "out" / "first")
     assert any(name.startswith("teacher.") for name in theirs)
     _close(ours, theirs)

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def until(process: Any, out: Path, lines: int) -> None:
     """Waits until the log of a run has so many lines, or the run ends."""
     path = out / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= lines):
-        pass
+        time.sleep(0.02)  # so that the run has the processor; what it has written decides
 
 
 def test_killed_at_a_random_moment_and_taken_up(whole: Path, tmp_path: Path) -> None:
@@ -107,11 +108,10 @@ def test_killed_at_a_chosen_moment(whole: Path, tmp_path: Path, moment: str) -> 
     assert_as(whole, out)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_and_exits_and_the_run_goes_on(whole: Path, tmp_path: Path, workers: int) -> None:
-    """Sent to all of its processes, as launchers do."""
+def test_sigterm_saves_and_exits_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    """Sent to all of its processes, the one that reads the data too, as launchers do."""
     plain = beside(whole, tmp_path)
-    plain["data"] = {**plain["data"], "workers": workers}
+    plain["data"] = {**plain["data"], "workers": 1}
     plain["stages"] = [{**stage, "save_every": None} for stage in plain["stages"]]
     process = start(write(plain, tmp_path), setup=_slowly())
     until(process, tmp_path / "out", 1)
@@ -130,7 +130,7 @@ def _slowly() -> str:
     """Steps that a signal can come between."""
     return (
         "import time\nfrom granvit.train.trainer import StageTrainer as T\nstep = T.training_step\n"
-        "T.training_step = lambda *a, **k: (time.sleep(0.3), step(*a, **k))[1]"
+        "T.training_step = lambda *a, **k: (time.sleep(0.1), step(*a, **k))[1]"
     )
 
 
