@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from tests.train.support import metrics, stage1, stage2, train, tree, weights
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
 )
+
+
+PATIENCE = 300  # seconds; they take a few
 
 
 def free_port() -> int:
@@ -76,7 +80,13 @@ def _shard_on_cpu() -> None:
 
 
 def on_two(plain: dict[str, Any], stop_after: int = 0, *, shard_on_cpu: bool = True) -> None:
-    mp.spawn(worker, args=(plain, free_port(), stop_after, shard_on_cpu), nprocs=2)
+    context = mp.spawn(worker, args=(plain, free_port(), stop_after, shard_on_cpu), nprocs=2, join=False)
+    deadline = time.monotonic() + PATIENCE
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:  # ranks that wait for each other would wait for ever
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"two processes were not done after {PATIENCE} seconds")
 
 
 def recipe(folder: Path, crops: str, **settings: Any) -> dict[str, Any]:
