@@ -346,6 +346,12 @@ class Recipe:
                 raise RecipeError(f"stages.{i}.prompt", f"{stage.prompt} needs model.prompt to be that or mixed")
             if "prompts" in stage.train and self.model.prompt == "text":
                 raise RecipeError(f"stages.{i}.train", "prompts: model.prompt is text, which has no parameters")
+            prompted = stage.prompt != "text" and stage.tasks.get("bbox_to_caption")
+            if "prompts" in stage.train and stage.objective == "caption" and not prompted:
+                raise RecipeError(
+                    f"stages.{i}.train",
+                    "expected no prompts where nothing is asked by a <box> or <region>; only bbox_to_caption is",
+                )
             if stage.objective == "contrastive" and "region" not in has:
                 raise RecipeError(f"stages.{i}.objective", "contrastive needs model.prompt to be region or mixed")
             self._check_data(i, bool(stage.tasks.get("chat")))

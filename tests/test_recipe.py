@@ -221,3 +221,15 @@ SECTIONS = (config.Recipe, config.Model, config.Source, config.Data, config.Data
 def test_every_key_is_documented(section: Any) -> None:
     for entry in dataclasses.fields(section):
         assert f"        {entry.name}: " in section.__doc__
+
+
+def test_prompts_train_only_where_a_region_is_asked_about_by_one(tmp_path: Path) -> None:
+    plain = tree()
+    plain["model"]["prompt"] = "mixed"
+    plain["stages"][0] |= {"train": ["vision", "prompts"], "prompt": "region"}
+    load(written(tmp_path, plain))
+    for wrong in ("stages.0.prompt=text", "stages.0.tasks={caption_to_bbox: 1}"):
+        with pytest.raises(
+            RecipeError, match=r"stages\.0\.train: expected no prompts where nothing is asked by a <box>"
+        ):
+            load(written(tmp_path, plain), [wrong])
