@@ -25,7 +25,7 @@ class Loader:
 
 
 class Steps(TrainerCallback):
-    """What the Trainer is handed: data without an end, and what has to happen at moments that it calls out."""
+    """Passes the Trainer's moments on to a :class:`granvit.train.trainer.StageTrainer`."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self._trainer = trainer
