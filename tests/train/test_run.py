@@ -48,9 +48,10 @@ def test_losses_fall_in_both_stages(trained: tuple[Path, str]) -> None:
         losses = [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
         third = len(losses) // 3
         assert sum(losses[-third:]) / third < sum(losses[:third]) / third - 0.1, losses
-    captions = [line["heldout/caption"] for line in lines if "heldout/caption" in line]
-    assert len(captions) == 2
-    assert captions[1] < captions[0]
+    heldout = [line for line in lines if "heldout/caption" in line]
+    assert [line["step"] for line in heldout] == [0, 24, 0, 16]  # before and after each stage
+    for before, after in (heldout[:2], heldout[2:]):
+        assert after["heldout/caption"] < before["heldout/caption"]
 
 
 def test_every_line_has_what_a_person_needs(trained: tuple[Path, str]) -> None:
@@ -143,7 +144,7 @@ def test_overwrite_begins_anew_where_a_run_is_and_deletes_nothing_else(tmp_path:
     (out / "left").touch()
     train({**plain, "seed": 4}, overwrite=True)
     assert not (out / "left").exists()
-    assert len(metrics(out)) == 2
+    assert len(metrics(out)) == 3  # held out before, a line, held out after
 
 
 def test_an_output_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_the_command_writes_lines_only(tmp_path: Path) -> None:
     assert errors == ""
     assert "\r" not in said
     assert "\x1b" not in said
-    assert next(line.split("  ")[0] for line in said.splitlines() if line.startswith("second ")) == "second 1/1"
+    assert next(line.split("  ")[0] for line in said.splitlines() if line.startswith("second ")) == "second 0/1"
     assert recipe(plain) == load(Path(plain["output"]) / "recipe.yaml")
 
 
