@@ -132,7 +132,7 @@ def test_a_real_step_takes_what_was_planned(train: tuple[str, ...], dtype: Any, 
 def test_parameters_are_exact(prompt: Any, model: Model) -> None:
     model = replace(model, prompt=prompt)
     parts = ("vision", "projector") if prompt == "text" else ("vision", "projector", "prompts")
-    planned = one(model, stage(*parts))
+    planned = one(model, stage(*parts, prompt=prompt))
     llava = assemble(model).llava
     freeze(llava, ("vision", "projector"))
     trained = sum(p.numel() for p in llava.parameters() if p.requires_grad)
