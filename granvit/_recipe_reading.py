@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from granvit.errors import MissingDependencyError, UserError
 
 try:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 except ImportError as error:
     raise MissingDependencyError("recipes need PyYAML: pip install pyyaml, or granvit[train]") from error
 

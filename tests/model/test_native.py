@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from granvit import geometry  # noqa: E402
-from granvit.model import native  # noqa: E402
-from granvit.model.native import native_grids, native_patches, packed_tokens  # noqa: E402
-from granvit.model.tower import vision_tokens  # noqa: E402
-from granvit.ops import region_distill_loss  # noqa: E402
-from tests.model.test_tower import small  # noqa: E402
-from tests.support import DEVICE_TYPES, Comparison, assert_within_budget, awkward_boxes, random_boxes  # noqa: E402
+from granvit import geometry
+from granvit.model import native
+from granvit.model.native import native_grids, native_patches, packed_tokens
+from granvit.model.tower import vision_tokens
+from granvit.ops import region_distill_loss
+from tests.model.test_tower import small
+from tests.support import DEVICE_TYPES, Comparison, assert_within_budget, awkward_boxes, random_boxes
 
 PACKED = ["siglip", "clip", "aimv2_native"]
 devices = pytest.mark.parametrize("device", DEVICE_TYPES)

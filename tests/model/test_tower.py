@@ -7,12 +7,11 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from granvit.model.tower import blocks_of, grid_of, normalise, patch_of, unused_parameters, vision_tokens  # noqa: E402
-from tests.support import DEVICE_TYPES  # noqa: E402
+from granvit.model.tower import blocks_of, grid_of, normalise, patch_of, unused_parameters, vision_tokens
+from tests.support import DEVICE_TYPES
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 64}
 KINDS = {
