@@ -151,9 +151,7 @@ class Prompts:
             texts, add_special_tokens=added, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
 
-    def encode(
-        self, conversations: Sequence[Sequence[str]], images: Sequence[bool] | None = None
-    ) -> list[Encoded]:
+    def encode(self, conversations: Sequence[Sequence[str]], images: Sequence[bool] | None = None) -> list[Encoded]:
         """Tokens of questions and answers.
 
         Args:
@@ -192,9 +190,7 @@ class Prompts:
             start = next((i for i, (_, last) in enumerate(places) if last > begin), len(ids))
             # Of the template's text for this turn: the next one's would teach the model to go on by itself.
             turn_end = (
-                i
-                for i in range(start, len(ids))
-                if end <= places[i][0] < len(written) and ids[i] in self._ends
+                i for i in range(start, len(ids)) if end <= places[i][0] < len(written) and ids[i] in self._ends
             )
             stop = next(turn_end, None)
             if stop is None:

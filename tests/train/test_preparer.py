@@ -93,10 +93,10 @@ def test_a_region_that_is_mostly_out_of_the_frame_is_left_out() -> None:
         def __len__(self) -> int:
             return 1
 
-        def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+        def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
             boxes = [(0.0, 0.0, 0.4, 1.0), (0.3, 0.0, 0.56, 0.5), (0.1, 0.25, 0.7, 0.75), (0.6, 0.5, 0.8, 1.0)]
             regions = tuple(Region(box, name) for box, name in zip(boxes, CAPTIONS, strict=False))
-            pixels = torch.zeros(3, size, size, dtype=torch.uint8)
+            pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
             record = Record("half", 2 * size, size, "test", "natural", None, regions)
             return record, pixels, BoxTransform.crop((size, 2 * size), (size, 0, 2 * size, size))
 
