@@ -250,7 +250,8 @@ def test_the_wrong_image_leaves_text_and_frames_as_they_are(chatml: Prompts, rng
     images = [samples[i].pixels for i in batch.order if len(samples[i].pixels)]
     exchanged = iter(torch.cat([b, b, b])[: len(a)] for a, b in zip(images, images[1:] + images[:1], strict=True))
     other = [
-        Sample(next(exchanged) if n else pixels_of(0), samples[i].pairs) for n, i in zip(batch.frames, batch.order)
+        Sample(next(exchanged) if count else pixels_of(0), samples[i].pairs)
+        for count, i in zip(batch.frames, batch.order, strict=True)
     ]
     expected = torch.cat([stock_losses(model, chatml, sample) for sample in other])
     torch.testing.assert_close(wrong.token_loss, expected.detach(), rtol=1e-5, atol=1e-6)
