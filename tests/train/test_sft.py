@@ -81,7 +81,7 @@ def small(folder: Path, *more: str) -> Recipe:
             "data.max_length=400",
             "data.workers=1",
             "stages.sft.batch_size=10",
-            "stages.sft.micro_batch=5",
+            "stages.sft.micro_batch=2",
             "stages.sft.epochs=2",
             "stages.sft.log_every=1",
             *more,
