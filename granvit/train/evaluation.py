@@ -45,7 +45,7 @@ class _Gap:
         self._own, self._other = Meters(device), Meters(device)
 
     def add(self, model: nn.Module, micro: Micro, own: Losses, counts: bool = True) -> None:
-        if not on_all_ranks(len(micro.batch.frames) > 1, self._device):
+        if not on_all_ranks(sum(map(bool, micro.batch.frames)) > 1, self._device):
             return
         other = model(micro, wrong_image=True)
         if counts:

@@ -174,7 +174,7 @@ class Objective(nn.Module):
             pixels = normalise(batch.pixels, self.model.mean, self.model.std, torch.float32)
             if not len(batch.boxes):
                 # A stock tower takes no empty batch, and a sharded one has to run on every rank.
-                seen = vision_tokens(tower, pixels[:1], layer)[:0]
+                seen = vision_tokens(tower, pixels.new_zeros(1, *pixels.shape[1:]), layer)[:0]
                 seen = seen if micro.crops is None else seen.flatten(0, 1)
             elif micro.crops is None:
                 crops = crop_boxes(pixels, batch.boxes, batch.image_index, (pixels.shape[-2], pixels.shape[-1]))

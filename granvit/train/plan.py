@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from granvit.data.conversations import Conversations
 from granvit.data.shards import INDEX, read_index
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
@@ -124,13 +126,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a recipe: its stages, on which device and how many, and where the configs came from."""
+    """The cost of a recipe: its stages, on which device and how many, where the configs came from, and the frames that
+    every image is taken to have."""
 
     recipe: str
     device: Device
     world_size: int
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
+    most_frames: int = 1
 
 
 def plan(recipe: Recipe, device: Device, world_size: int = 1) -> Plan:
@@ -156,7 +160,7 @@ def plan(recipe: Recipe, device: Device, world_size: int = 1) -> Plan:
             notes += [f"{stage.name}: {note}" for note in empty.notes]
         with fake:
             stages.append(_stage_plan(recipe.data, model, stage, shell, device, world_size))
-    return Plan(recipe.name, device, world_size, tuple(stages), tuple(notes))
+    return Plan(recipe.name, device, world_size, tuple(stages), tuple(notes), most_frames(recipe.data))
 
 
 def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
@@ -168,7 +172,8 @@ def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
         images: of the micro-batch.
         tokens: of a frame, as the language model sees it.
     """
-    frames = images * (1 + data.tiles)
+    each = most_frames(data)
+    frames = images * each
     crops = images * stage.regions if stage.distillation is not None else 0
     if stage.objective == "contrastive":
         return Layout(images, frames, crops, 0, (), 0, 0, 0)
@@ -185,7 +190,7 @@ def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
         share = min(1.0, weight / total * regions) if pairs else float(weight > 0)
         if share:
             pairs.append((share * TEXT_TOKENS["global_caption"][0], share * TEXT_TOKENS["global_caption"][1]))
-    prefix = PREFIX_TOKENS + tokens * (1 + data.tiles)
+    prefix = PREFIX_TOKENS + tokens * each
     length = math.ceil(prefix + sum(q + a for q, a in pairs))
     if prefix >= data.max_length:
         raise UserError(f"data.max_length: an image alone has about {prefix} tokens, got {data.max_length}")
@@ -194,6 +199,12 @@ def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
     rows = math.ceil(images / together)
     answers = math.ceil(images * sum(a for _, a in pairs))
     return Layout(images, frames, crops, prefix, tuple(pairs), rows, together * length, min(answers, images * length))
+
+
+def most_frames(data: Data) -> int:
+    """Frames of a large image; composed scenes are as large as one frame, and one tile would be the overview again."""
+    large = any(source.scenes is None for source in data.train)
+    return 1 + data.tiles if data.tiles > 1 and large else 1
 
 
 def _stage_plan(data: Data, model: Model, stage: Stage, shell: Shell, device: Device, world_size: int) -> StagePlan:
@@ -277,6 +288,9 @@ def _images(data: Data) -> int | None:
         if isinstance(source.scenes, Scenes):
             total += source.scenes.count
             continue
+        if source.llava is not None and source.images is not None and Path(source.llava).is_file():
+            total += len(Conversations(source.llava, source.images, progress=sys.stderr.isatty()))
+            continue
         if source.shards is None or not (Path(source.shards) / INDEX).is_file():
             return None
         total += sum(shard.samples for shard in read_index(source.shards))
@@ -324,12 +338,24 @@ def render(planned: Plan, width: int = 110) -> str:
         "ranks; and activations. What the framework and fragmentation take comes on top.",
         f"Assumed: tokens of (question, answer): {TEXT_TOKENS}; all regions that a stage asks about are there; native "
         f"crops have {NATIVE_SHARE:.0%} of a frame.",
+        *_tiled(planned.most_frames),
         *planned.notes,
     ]
     for line in lines:
         out.print(line, highlight=False, markup=False)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue()
+
+
+def _tiled(frames: int) -> list[str]:
+    """What is assumed where images have tiles."""
+    if frames == 1:
+        return []
+    return [
+        f"Every image is counted with {frames} frames, itself and all its tiles, as memory has to hold them: the most "
+        "that data.tiles allows. Images of other shapes and small ones have fewer, text alone has none; so much less "
+        "time is needed."
+    ]
 
 
 def _total(stage: StagePlan) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from granvit.data.conversations import Conversations
 from granvit.data.scenes import SceneComposer
 from granvit.data.tasks import TASKS, TaskSampler
 from granvit.errors import UserError
@@ -232,6 +233,7 @@ def _data(
     rows, columns = grid_of(model.llava.model.vision_tower, (size, size))
     micro = stage.micro_batch or -(-stage.batch_size // world)
     prompts = Prompts(assembled.tokenizer)
+    _check_sources(recipe, stage, len(prompts.prefix) - 1, rows * columns)
 
     def stream(sources: tuple[DataSource, ...], seed: int, training: bool) -> TrainingData:
         opened = list(_opened(sources, size))
@@ -254,10 +256,25 @@ def _data(
     return data, stream(recipe.data.heldout, recipe.seed + 1, False) if recipe.data.heldout else None
 
 
+def _check_sources(recipe: Recipe, stage: Stage, prefix: int, tokens_per_frame: int) -> None:
+    """Before the first image with all its tiles, or the first held-out one, ends a run that was hours under way."""
+    data = recipe.data
+    longest = prefix + (1 + data.tiles) * tokens_per_frame
+    if data.tiles > 1 and longest > data.max_length:
+        raise RunError(
+            f"data.max_length: expected at least {longest}, for an image with {data.tiles} tiles beside the overview, "
+            f"got {data.max_length}"
+        )
+    if stage.tasks.get("chat") and any(source.llava is None for source in data.heldout):
+        raise RunError("data.heldout: expected conversations (llava) only, since chat asks nothing about other images")
+
+
 def _preparer(recipe: Recipe, stage: Stage, seed: int, flip: float) -> Preparer:
-    weights = {task: stage.tasks.get(task, 0.0) for task in TASKS} if stage.tasks else {"bbox_to_caption": 1.0}
+    # The contrastive objective takes captions from where they are asked for; conversations ask for themselves.
+    weights = {task: stage.tasks.get(task, 0.0) for task in TASKS}
+    weights = weights if any(weights.values()) else {"bbox_to_caption": 1.0}
     sampler = TaskSampler(weights, regions=stage.regions, seed=seed, style=stage.style)
-    return Preparer(sampler, recipe.model.image_size, stage.prompt, flip, seed)
+    return Preparer(sampler, recipe.model.image_size, stage.prompt, flip, seed, recipe.data.tiles)
 
 
 def heldout_samples(recipe: Recipe, stage: Stage, count: int) -> list[Sample]:
@@ -268,7 +285,7 @@ def heldout_samples(recipe: Recipe, stage: Stage, count: int) -> list[Sample]:
     return [prepare(source, i, 0) for source, i in places[:count]]
 
 
-def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source]:
+def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source | Conversations]:
     for source in sources:
         if source.scenes is not None:
             scenes = source.scenes
@@ -277,7 +294,11 @@ def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source]:
         elif source.shards is not None:
             yield ShardSource(source.shards)
         else:
-            raise RunError("data: conversations (llava) cannot be trained on yet")
+            assert source.llava is not None
+            assert source.images is not None
+            # Tells nobody but who looks on: a bar for each rank would be none.
+            watched = PartialState().is_main_process and sys.stderr.isatty()
+            yield Conversations(source.llava, source.images, progress=watched)
 
 
 def _steps(stage: Stage, data: TrainingData) -> int:

@@ -66,7 +66,8 @@ def plain_contrast(objective: Objective, prompts: Prompts, regions: Tensor, capt
     texts = {}
     for row, caption in captions.items():
         encoded = prompts.encode([("what", caption)])[0]
-        texts[row] = table[torch.tensor(encoded.ids[encoded.start : encoded.stop - 1])].mean(0)
+        ((start, stop),) = encoded.spans
+        texts[row] = table[torch.tensor(encoded.ids[start : stop - 1])].mean(0)
     centre = sum(texts.values()) / len(texts)
     scale, bias = objective.contrast.scale.double().exp(), objective.contrast.bias.double()
     total = torch.zeros((), dtype=torch.float64)
