@@ -24,7 +24,8 @@ def asked(task: str, answer: str = "a red fox") -> Pair:
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"), [("a red fox", True), ("  A  red fox ", True), ("a red", False), ("a red fox.", True), ("", False)]
+    ("answer", "right"),
+    [("a red fox", True), ("  A  red fox ", True), ("a red", False), ("a red fox.", True), ("", False)],
 )
 def test_a_caption_is_right_where_its_words_are(answer: str, right: bool) -> None:
     assert Prediction(asked("bbox_to_caption"), answer).right is right
