@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -124,8 +125,10 @@ def _check(sources: Sequence[Source], numbers: Sequence[Sequence[int]], settings
 
 
 def _config(model: str, sources: Sequence[Source], settings: Settings) -> dict[str, Any]:
-    """What answers depend on, and what nobody may change between two runs into one folder."""
-    return {"model": model, "sources": [source.identity() for source in sources], **asdict(settings)}
+    """What answers depend on, and what nobody may change between two runs into one folder; as JSON gives it back."""
+    plain = {"model": model, "sources": [source.identity() for source in sources], **asdict(settings)}
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found
 
 
 def _answer(
