@@ -52,7 +52,7 @@ class Settings:
     images: int | None = None
     wrong_image: bool = False
     batch_size: int = 32
-    max_new_tokens: int = 32
+    max_new_tokens: int = 64
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -145,9 +145,10 @@ def _answer(
     model = loaded.model.to(getattr(torch, settings.dtype)).to(settings.device).eval()
     _check_prompt(model, settings.asking.prompt)
     skipped: Counter[str] = Counter()
-    width = max(1, settings.batch_size // 4)  # images whose questions are answered together
     chunk, total, seen = 0, sum(map(len, numbers)), 0
     for source, own in zip(sources, numbers, strict=True):
+        # Images of a chunk: with one question each, or with about four.
+        width = settings.batch_size if source.asks else max(1, settings.batch_size // 4)
         for begin in range(0, len(own), width):
             part = own[begin : begin + width]
             own_images = [source.read(i, loaded.image_size) for i in part]

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from granvit.data.importers.driver import import_dataset
 from granvit.errors import UserError
 from granvit.eval.answers import AnswerError, AnswerFile, read_answers, read_evaluation
 from granvit.eval.questions import Asking, SettingsError
 from granvit.eval.runner import Settings, evaluate
 from granvit.eval.scores import Answer, score, summary
-from granvit.eval.sources import Questions, Scenes, Shards
+from granvit.eval.sources import Questions, Scenes, Shards, of_identity
 from granvit.geometry import format_box
 from granvit.model.checkpoint import CheckpointError
 from granvit.model.granvit import GranViT
@@ -156,6 +157,42 @@ def test_the_wrong_image_is_another_of_the_same_source(
     assert all(x.answer == x.key and x.wrong_image is None for x in read_answers(tmp_path / "right"))
 
 
+def test_refcoco_from_its_published_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "one.png").write_bytes(noise(random.Random(), 50, 100))
+    boxes = {1: [10, 5, 40, 30], 2: [60, 5, 30, 40]}  # x y width height
+    told = {1: ("left man", "man in red"), 2: ("Man in red", "right man")}
+    refs = [
+        {"ann_id": i, "split": "testA" if i < 3 else "train", "sentences": [{"sent": text} for text in texts]}
+        for i, texts in {**told, 3: ("a dog",)}.items()
+    ]
+    annotations = [{"id": i, "image_id": 7, "bbox": box} for i, box in {**boxes, 3: [0, 0, 9, 9]}.items()]
+    images = [{"id": 7, "height": 50, "width": 100, "file_name": "one.png"}]
+    (tmp_path / "refs.json").write_text(json.dumps(refs))
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    import_dataset(
+        "refcoco",
+        out=tmp_path / "shards",
+        refs=tmp_path / "refs.json",
+        instances=tmp_path / "instances.json",
+        images=tmp_path / "images",
+        split="testA",
+        source="refcoco",
+    )
+    # In the frame of 24 pixels the image is 24 by 12, from y = 6 on: the left man.
+    oracle(monkeypatch, lambda question, box, frame: "[0.1, 0.3, 0.5, 0.6]")
+    asking = Asking(("caption_to_bbox",), ambiguous=True)
+    report = evaluate(model, [Shards(tmp_path / "shards")], Settings(asking), tmp_path / "out")
+    answers = read_answers(tmp_path / "out")
+    assert sorted(answer.question.rpartition(": ")[2] for answer in answers) == sorted(sum(told.values(), ()))
+    assert {answer.groups["split"] for answer in answers} == {"testA"}
+    assert report["metrics"]["caption_to_bbox"]["all"]["accuracy_50"] == 0.5
+    assert max(score(answer)["mean_iou"] for answer in answers) == pytest.approx(1.0)
+    plain = evaluate(model, [Shards(tmp_path / "shards")], Settings(), tmp_path / "plain")
+    assert plain["counts"]["not asked"] == {"ambiguous caption": 2}
+    assert plain["metrics"]["bbox_to_caption"]["all"]["count"] == 2  # each box once
+
+
 def write_questions(folder: Path, count: int = 5) -> Path:
     folder.mkdir()
     rng, lines = random.Random(), []
@@ -241,6 +278,22 @@ def write_shards_without_captions(folder: Path) -> Path:
         record = Record("a", 20, 20, "noise", regions=(Region((0.0, 0.0, 1.0, 1.0)),))
         writer.add(record, noise(random.Random(), 20, 20), "png")
     return folder / "bare"
+
+
+def test_sources_can_be_opened_again(shards: Path, tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "files")
+    scenes = Scenes(3, kind="natural", seed=4, size=128, names=("lemon", "fox"), unique=False)
+    for source in (Shards(shards), scenes, Questions(path, path.parent)):
+        plain = json.loads(json.dumps(source.identity()))
+        again = of_identity(plain)
+        assert (again.name, len(again), again.asks) == (source.name, len(source), source.asks)
+        ours, theirs = source.read(2, SIZE), again.read(2, SIZE)
+        assert ours.record == theirs.record
+        assert ours.question == theirs.question
+        assert ours.pixels.equal(theirs.pixels)
+        assert json.loads(json.dumps(again.identity())) == plain
+    with pytest.raises(ValueError, match="of_identity"):
+        of_identity({"birds": 1})
 
 
 def test_two_evaluations_do_not_write_one_folder(tmp_path: Path) -> None:
