@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from granvit.data.scenes import SceneComposer
@@ -28,6 +27,7 @@ from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Recipe, Stage, load
 from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.hooks import Arguments
 from granvit.train.log import RunLog
 from granvit.train.objective import Objective
 from granvit.train.stopping import Stop
@@ -289,7 +289,7 @@ def _steps(stage: Stage, data: TrainingData) -> int:
 
 def _arguments(
     recipe: Recipe, stage: Stage, steps: int, place: Path, data: TrainingData, layers: list[str]
-) -> TrainingArguments:
+) -> Arguments:
     world = data.world_size
     share = data.micro_batch * data.world_size
     if stage.batch_size % share:
@@ -298,7 +298,7 @@ def _arguments(
             f"got {stage.batch_size}"
         )
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    return TrainingArguments(
+    return Arguments(
         output_dir=str(place),
         max_steps=steps,
         per_device_train_batch_size=data.micro_batch,

@@ -130,8 +130,8 @@ def checkpoint(stage: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("parallel", "crops", "micro_batch", "stop_after"),
-    [("ddp", "native", 1, 0), ("fsdp2", "native", 1, 0), ("fsdp2", "resize", 2, 2)],
-    ids=["ddp", "fsdp2", "fsdp2-stopped"],
+    [("ddp", "native", 1, 0), ("ddp", "resize", 1, 2), ("fsdp2", "native", 1, 0), ("fsdp2", "resize", 2, 2)],
+    ids=["ddp", "ddp-stopped", "fsdp2", "fsdp2-stopped"],
 )
 def test_two_processes_train_as_one(
     tmp_path: Path, parallel: str, crops: str, micro_batch: int, stop_after: int
