@@ -153,7 +153,7 @@ def work_of(objective: Objective, micro: Micro) -> Work:
     """What a micro-batch of a run holds: padding and what the mask forbids left out. Waits for nothing if the batch is
     on the CPU, as it comes."""
     batch, tower = micro.batch, objective.tower
-    prefix = prefix_tokens(tower)  # type: ignore[arg-type]
+    prefix = prefix_tokens(tower)
     frames, frame = batch.pixels.shape[0], batch.tokens_per_frame + prefix
     crops = torch.zeros(0)
     if objective.distillation is not None:

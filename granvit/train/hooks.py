@@ -52,7 +52,8 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at the first gradients."""
+        """Looks at the learning rates and the first gradients."""
+        self._trainer.note_learning_rates()
         if not self._checked:
             self._trainer.check_gradients()
             self._checked = True

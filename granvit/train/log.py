@@ -108,6 +108,8 @@ def render(values: Mapping[str, float]) -> str:
         if "wrong_image/caption" in values:
             found.append(f"wrong image {values['wrong_image/caption']:+.3f}")
         found.append(f"{values['images_per_second']:.1f} images/s, {values['tokens_per_second']:.0f} tokens/s")
+        if "mfu" in values:
+            found.append(f"MFU {values['mfu']:.0%}")
         if "memory_gib" in values:
             found.append(f"{values['memory_gib']:.1f} GiB")
     heldout = {name.removeprefix("heldout/"): value for name, value in values.items() if name.startswith("heldout/")}

@@ -24,9 +24,11 @@ from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
-from granvit.recipe import DataSource, Recipe, Stage, load
+from granvit.recipe import DataSource, Model, Recipe, Stage, load
+from granvit.train._counting import costs_of
 from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.devices import peak_flops
 from granvit.train.hooks import Arguments
 from granvit.train.log import RunLog
 from granvit.train.objective import Objective
@@ -68,6 +70,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
         (console or Console(width=None)) if process.is_main_process else None,
         tensorboard=find_spec("tensorboard") is not None,
     )
+    if _peak(recipe.model) is None:
+        log.note("the log has tflops and no mfu: it is not known what this device reaches at best")
     with _quiet_bars():
         for number, stage in enumerate(recipe.stages):
             finished = folder / stage.name / MODEL
@@ -79,6 +83,14 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
                 log.note(f"stopped by signal {signal}; the same command goes on from there")
                 return 128 + signal
     return 0
+
+
+def _peak(model: Model) -> float | None:
+    """FLOP/s of this process's device at the best; None where it is not known, as for processors."""
+    if not torch.cuda.is_available():
+        return None
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return peak_flops(torch.cuda.get_device_name(), model.dtype, tf32=tf32)
 
 
 @contextmanager
@@ -172,8 +184,20 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
     _prepare(stage, model, objective)
     layers = sorted({type(block).__name__ for block in _blocks(model)})
     args = _arguments(recipe, stage, steps, place, data, layers)
+    costs, peak = costs_of(model, recipe.model, stage), _peak(recipe.model)
     with Stop() as stop:
-        trainer = StageTrainer(objective, stage, args, data, heldout, workers=recipe.data.workers, log=log, stop=stop)
+        trainer = StageTrainer(
+            objective,
+            stage,
+            args,
+            data,
+            heldout,
+            workers=recipe.data.workers,
+            log=log,
+            stop=stop,
+            costs=costs,
+            peak=peak,
+        )
         if sharded and data.world_size > 1 and not trainer.is_fsdp_enabled:
             # accelerate leaves the plugin aside in silence.
             raise RunError("parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU; ddp works on both")
