@@ -72,6 +72,7 @@ class Losses:
         caption: of the answers, scalar; None where the stage has none.
         distillation: of the regions, not weighted, scalar, or ``(R,)`` by region; likewise.
         contrastive: likewise.
+        accuracy: of the contrastive objective: share of the regions whose nearest caption has their words; likewise.
         output: of the model; None for the contrastive objective.
     """
 
@@ -79,6 +80,7 @@ class Losses:
     caption: Tensor | None = None
     distillation: Tensor | None = None
     contrastive: Tensor | None = None
+    accuracy: Tensor | None = None
     output: Output | None = None
 
 
@@ -140,8 +142,9 @@ class Objective(nn.Module):
         counts = counts or Counts(micro.tokens, micro.cells)
         share = micro.cells / max(counts.cells, 1.0)
         if self.contrast is not None:
-            loss = self.contrast(self.model, micro.batch) * share
-            return Losses(loss, contrastive=loss.detach())
+            loss, hits = self.contrast(self.model, micro.batch)
+            loss = loss * share
+            return Losses(loss, contrastive=loss.detach(), accuracy=hits / max(counts.cells, 1.0))
         output = self.model(micro.batch, wrong_image=wrong_image, items=max(counts.tokens, 1.0))
         losses = Losses(output.loss, caption=output.loss.detach(), output=output)
         if self.distillation is not None and not wrong_image:
@@ -211,8 +214,9 @@ class Contrast(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(-torch.tensor(float(max(regions, 1))).log())
 
-    def forward(self, model: GranViT, batch: PackedBatch) -> Tensor:
-        """Mean over the regions that have a caption; 0 without any."""
+    def forward(self, model: GranViT, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Mean over the regions that have a caption, and how many of them are nearest to one with their words; 0
+        without any."""
         regions = model.regions(batch)  # [R, D]
         with torch.autocast(regions.device.type, enabled=False):  # cosines near 1 and logits near -10 need float32
             words = self._captions(model, batch)  # [n, D]
@@ -224,7 +228,7 @@ class Contrast(nn.Module):
             apart = torch.cdist(words, words, compute_mode="donot_use_mm_for_euclid_dist")  # which would round 0 up
             same = (apart <= _SAME * length).float() * 2 - 1
             logits = image @ text.T * self.scale.exp() + self.bias
-            return -F.logsigmoid(same * logits).sum() / max(len(image), 1)
+            return -F.logsigmoid(same * logits).sum() / max(len(image), 1), _hits(logits, same)
 
     @torch.no_grad()
     def _captions(self, model: GranViT, batch: PackedBatch) -> Tensor:
@@ -240,6 +244,14 @@ class Contrast(nn.Module):
         total = embeddings.new_zeros(len(row_of) + 1, embeddings.shape[1]).index_add_(0, row, embeddings)
         count = torch.bincount(row, minlength=len(row_of) + 1)
         return (total / count.clamp(min=1)[:, None])[:-1]  # less what the captions of whole images made
+
+
+@torch.no_grad()
+def _hits(logits: Tensor, same: Tensor) -> Tensor:
+    """Of how many rows the largest logit stands where `same` is positive."""
+    if not len(logits):
+        return logits.new_zeros(())
+    return (same.gather(1, logits.argmax(1, keepdim=True)) > 0).sum()
 
 
 def _captioned(batch: PackedBatch) -> list[int]:

@@ -27,7 +27,7 @@ from granvit.train.checkpoints import (
     rotate,
 )
 from granvit.train.data import Loaded, TrainingData
-from granvit.train.evaluation import heldout_losses, look_again
+from granvit.train.evaluation import ACCURACY, heldout_losses, look_again
 from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
 from granvit.train.meters import Meters
@@ -194,8 +194,8 @@ class StageTrainer(Trainer):
         """The micro-batch's share of the step's loss, times the number of ranks, whose gradients are averaged."""
         self._last = inputs
         losses: Losses = model(inputs, num_items_in_batch)
-        for name in ("caption", "distillation", "contrastive"):
-            term = getattr(losses, name)
+        found = {name: getattr(losses, name) for name in ("caption", "distillation", "contrastive")}
+        for name, term in (found | {ACCURACY: losses.accuracy}).items():
             if term is not None:
                 self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term
         if losses.output is not None:
@@ -261,7 +261,7 @@ class StageTrainer(Trainer):
         rates = self._tally.rates()
         terms = {name: self._sum(term) / self._tally.steps for name, term in self._terms.items()}
         self._check_terms(terms)
-        line = {"loss": sum(self._weight(name) * value for name, value in terms.items())}
+        line = {"loss": sum(self._weight(name) * value for name, value in terms.items() if name != ACCURACY)}
         line |= terms | {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
         line |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates.items()}
         line |= {f"by/{name}": value for name, value in self._meters.means().items() if "/" in name}
