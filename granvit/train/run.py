@@ -241,6 +241,8 @@ def _prepare(stage: Stage, model: GranViT, objective: Objective) -> None:
         else:
             part.gradient_checkpointing_disable()
     if stage.compile:
+        # Dynamo counts how often a layer's code was compiled in this process, and past a limit runs it uncompiled.
+        torch._dynamo.reset()
         teacher = [] if objective.teacher is None else list(blocks_of(objective.teacher.tower))
         for block in _blocks(model) + teacher:
             block.compile(dynamic=None)
