@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
@@ -78,6 +79,14 @@ class StageTrainer(Trainer):
         self._data, self._heldout, self._workers = data, heldout, workers
         self._costs = costs
         super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[Steps(self)])
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate's rounds what goes in, boxes too, the losses that come out, and the sums of gradients.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            )
         self.remove_callback(PrinterCallback)  # the run's own log says it
         self.model_accepts_loss_kwargs = True  # so that nothing is divided by the number of micro-batches
         self._meters = Meters(args.device)
