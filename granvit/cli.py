@@ -90,8 +90,9 @@ def train(
     loaded = load(recipe, overrides or ())
     if plan:
         from granvit.train import plan as planning
+        from granvit.train.devices import device as device_of
 
-        print(planning.render(planning.plan(loaded, planning.device(device), ranks)))
+        print(planning.render(planning.plan(loaded, device_of(device), ranks)))
         return
     from granvit.train.run import run
 

@@ -73,6 +73,7 @@ class Losses:
         distillation: of the regions, not weighted, scalar, or ``(R,)`` by region; likewise.
         contrastive: likewise.
         alignment: likewise.
+        accuracy: of the contrastive objective: share of the regions whose nearest caption has their words; likewise.
         output: of the model; None for the contrastive objective.
     """
 
@@ -81,6 +82,7 @@ class Losses:
     distillation: Tensor | None = None
     contrastive: Tensor | None = None
     alignment: Tensor | None = None
+    accuracy: Tensor | None = None
     output: Output | None = None
 
 
@@ -142,8 +144,14 @@ class Objective(nn.Module):
         counts = counts or Counts(micro.tokens, micro.cells)
         share = micro.cells / max(counts.cells, 1.0)
         if self.contrast is not None:
-            contrastive, alignment = (term * share for term in self.contrast(self.model, micro.batch))
-            return Losses(contrastive + alignment, contrastive=contrastive.detach(), alignment=alignment.detach())
+            contrastive, alignment, hits = self.contrast(self.model, micro.batch)
+            contrastive, alignment = contrastive * share, alignment * share
+            return Losses(
+                contrastive + alignment,
+                contrastive=contrastive.detach(),
+                alignment=alignment.detach(),
+                accuracy=hits / max(counts.cells, 1.0),
+            )
         output = self.model(micro.batch, wrong_image=wrong_image, items=max(counts.tokens, 1.0))
         losses = Losses(output.loss, caption=output.loss.detach(), output=output)
         if self.distillation is not None and not wrong_image:
@@ -214,8 +222,9 @@ class Contrast(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(-torch.tensor(float(max(regions, 1))).log())
 
-    def forward(self, model: GranViT, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """The sigmoid loss and the distance, each a mean over the regions that have a caption; 0 without any."""
+    def forward(self, model: GranViT, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The sigmoid loss and the distance, each a mean over the regions that have a caption, and how many of these
+        are nearest to a caption with their words; 0 without any."""
         regions = model.regions(batch)  # [R, D]
         with torch.autocast(regions.device.type, enabled=False):  # cosines near 1 and logits near -10 need float32
             words = self._captions(model, batch)  # [n, D]
@@ -228,7 +237,7 @@ class Contrast(nn.Module):
             same = (apart <= _SAME * length).float() * 2 - 1
             logits = F.normalize(found - centre, dim=-1) @ text.T * self.scale.exp() + self.bias
             distance = (found - words).square().sum() / length.square().sum().clamp(min=torch.finfo(length.dtype).tiny)
-            return -F.logsigmoid(same * logits).sum() / max(len(rows), 1), distance
+            return -F.logsigmoid(same * logits).sum() / max(len(rows), 1), distance, _hits(logits, same)
 
     @torch.no_grad()
     def _captions(self, model: GranViT, batch: PackedBatch) -> Tensor:
@@ -244,6 +253,14 @@ class Contrast(nn.Module):
         total = embeddings.new_zeros(len(row_of) + 1, embeddings.shape[1]).index_add_(0, row, embeddings)
         count = torch.bincount(row, minlength=len(row_of) + 1)
         return (total / count.clamp(min=1)[:, None])[:-1]  # less what the captions of whole images made
+
+
+@torch.no_grad()
+def _hits(logits: Tensor, same: Tensor) -> Tensor:
+    """Of how many rows the largest logit stands where `same` is positive."""
+    if not len(logits):
+        return logits.new_zeros(())
+    return (same.gather(1, logits.argmax(1, keepdim=True)) > 0).sum()
 
 
 def _captioned(batch: PackedBatch) -> list[int]:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import io
 import math
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,62 +25,15 @@ from granvit.data.shards import INDEX, read_index
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
 from granvit.model.assemble import assemble_empty, freeze, part_parameters
+from granvit.model.tower import prefix_tokens
 from granvit.recipe import PARTS, Data, Model, Recipe, Scenes, Stage
 from granvit.train._counting import NATIVE_SHARE, Layout, Shell, count
+from granvit.train.devices import Device
 
 # Tokens of a question and its answer, with what a chat template puts around them; about what Qwen's and SmolLM2's
 # tokenizers make of the paper's wordings, where a box has 27 tokens.
 TEXT_TOKENS = {"global_caption": (20, 80), "bbox_to_caption": (60, 12), "caption_to_bbox": (35, 30), "chat": (180, 250)}
 PREFIX_TOKENS = 25  # of a chat template, in front of the image
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a stage runs on.
-
-    Attributes:
-        name: for the report.
-        kind: ``"cuda"`` or ``"cpu"``.
-        flops: a second, dense, at the best.
-        memory: bytes; None where nobody asked.
-        utilisation: share of `flops` that a step reaches; assumed.
-    """
-
-    name: str
-    kind: str
-    flops: float
-    memory: float | None
-    utilisation: float
-
-
-# Dense bfloat16 FLOP/s and memory of the data sheets.
-DEVICES = {
-    "h100": Device("H100 SXM", "cuda", 989e12, 80e9, 0.4),
-    "h200": Device("H200 SXM", "cuda", 989e12, 141e9, 0.4),
-    "a100": Device("A100 80 GB", "cuda", 312e12, 80e9, 0.4),
-}
-
-
-def measured_cpu(dtype: str = "bfloat16", size: int = 1024) -> Device:
-    """This machine's processor, by the best of ten products of square matrices in about a second."""
-    a = torch.randn(size, size).to(getattr(torch, dtype))
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return Device(f"this processor, {torch.get_num_threads()} threads", "cpu", 2 * size**3 / best, None, 0.35)
-
-
-def device(name: str) -> Device:
-    """One of :data:`DEVICES` by its name, or ``"cpu"`` for this machine's processor, measured.
-
-    Raises:
-        UserError: none of these.
-    """
-    if name != "cpu" and name not in DEVICES:
-        raise UserError(f"plan: device: expected cpu or one of {', '.join(DEVICES)}, got {name!r}")
-    return measured_cpu() if name == "cpu" else DEVICES[name]
 
 
 @dataclass(frozen=True)
@@ -156,7 +107,7 @@ def plan(recipe: Recipe, device: Device, world_size: int = 1) -> Plan:
             model = replace(model, language=stage.language or model.language)
             with fake:
                 empty = assemble_empty(model, device="cpu")
-                shell = Shell(empty, model.prompt)
+                shell = Shell(empty.llava, model.prompt)
             notes += [f"{stage.name}: {note}" for note in empty.notes]
         with fake:
             stages.append(_stage_plan(recipe.data, model, stage, shell, device, world_size))
@@ -220,15 +171,10 @@ def _stage_plan(data: Data, model: Model, stage: Stage, shell: Shell, device: De
     patches = (model.image_size // config.vision_config.patch_size) ** 2
     shapes = layout(data, stage, micro, patches)
     freeze(shell, stage.train, frozen_dtype=getattr(torch, model.dtype))
-    forward, backward, teacher, kept = count(shell, model, stage, shapes)
+    costs, kept = count(shell, model, stage, shapes)
     flex = model.attention == "flex_attention" or (model.attention == "auto" and device.kind == "cuda")
-    if flex and shapes.rows:
-        text = config.text_config
-        square = (
-            4 * shapes.rows * shapes.length**2 * text.num_attention_heads * _head_dim(text) * text.num_hidden_layers
-        )
-        forward -= square * (1 - shapes.density)
-        backward -= 2.5 * square * (1 - shapes.density)
+    class_tokens = prefix_tokens(shell.llava.model.vision_tower)
+    forward, backward, teacher = costs.run(shapes.work(patches, class_tokens, stage, skips=flex))
     # What a checkpointed layer keeps is its input; one layer at a time is whole.
     tower, text = config.vision_config, config.text_config
     size = 2 if model.dtype == "bfloat16" else 4
@@ -275,10 +221,6 @@ def _stage_plan(data: Data, model: Model, stage: Stage, shell: Shell, device: De
         total / world_size / (device.flops * device.utilisation),
         None if device.memory is None else sum(memory.values()) < device.memory,
     )
-
-
-def _head_dim(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _images(data: Data) -> int | None:

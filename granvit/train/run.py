@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from granvit.data.conversations import Conversations
@@ -26,9 +25,12 @@ from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
-from granvit.recipe import DataSource, Recipe, Stage, load
+from granvit.recipe import DataSource, Model, Recipe, Stage, load
+from granvit.train._counting import costs_of
 from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.devices import peak_flops
+from granvit.train.hooks import Arguments
 from granvit.train.log import RunLog
 from granvit.train.objective import Objective
 from granvit.train.stopping import Stop
@@ -69,6 +71,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
         (console or Console(width=None)) if process.is_main_process else None,
         tensorboard=find_spec("tensorboard") is not None,
     )
+    if _peak(recipe.model) is None:
+        log.note("the log has tflops and no mfu: it is not known what this device reaches at best")
     with _quiet_bars():
         for number, stage in enumerate(recipe.stages):
             finished = folder / stage.name / MODEL
@@ -80,6 +84,14 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
                 log.note(f"stopped by signal {signal}; the same command goes on from there")
                 return 128 + signal
     return 0
+
+
+def _peak(model: Model) -> float | None:
+    """FLOP/s of this process's device at the best; None where it is not known, as for processors."""
+    if not torch.cuda.is_available():
+        return None
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return peak_flops(torch.cuda.get_device_name(), model.dtype, tf32=tf32)
 
 
 @contextmanager
@@ -173,8 +185,20 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
     _prepare(stage, model, objective)
     layers = sorted({type(block).__name__ for block in _blocks(model)})
     args = _arguments(recipe, stage, steps, place, data, layers)
+    costs, peak = costs_of(model, recipe.model, stage), _peak(recipe.model)
     with Stop() as stop:
-        trainer = StageTrainer(objective, stage, args, data, heldout, workers=recipe.data.workers, log=log, stop=stop)
+        trainer = StageTrainer(
+            objective,
+            stage,
+            args,
+            data,
+            heldout,
+            workers=recipe.data.workers,
+            log=log,
+            stop=stop,
+            costs=costs,
+            peak=peak,
+        )
         if sharded and data.world_size > 1 and not trainer.is_fsdp_enabled:
             # accelerate leaves the plugin aside in silence.
             raise RunError("parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU; ddp works on both")
@@ -218,6 +242,8 @@ def _prepare(stage: Stage, model: GranViT, objective: Objective) -> None:
         else:
             part.gradient_checkpointing_disable()
     if stage.compile:
+        # Dynamo counts how often a layer's code was compiled in this process, and past a limit runs it uncompiled.
+        torch._dynamo.reset()
         teacher = [] if objective.teacher is None else list(blocks_of(objective.teacher.tower))
         for block in _blocks(model) + teacher:
             block.compile(dynamic=None)
@@ -310,7 +336,7 @@ def _steps(stage: Stage, data: TrainingData) -> int:
 
 def _arguments(
     recipe: Recipe, stage: Stage, steps: int, place: Path, data: TrainingData, layers: list[str]
-) -> TrainingArguments:
+) -> Arguments:
     world = data.world_size
     share = data.micro_batch * data.world_size
     if stage.batch_size % share:
@@ -319,7 +345,7 @@ def _arguments(
             f"got {stage.batch_size}"
         )
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    return TrainingArguments(
+    return Arguments(
         output_dir=str(place),
         max_steps=steps,
         per_device_train_batch_size=data.micro_batch,

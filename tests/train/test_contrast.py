@@ -112,6 +112,43 @@ def test_contrast_is_a_loop_over_pairs(prompts: Prompts, rng: random.Random, dty
     assert_close(found, wanted, 1e-4)
 
 
+def test_accuracy_is_the_share_of_regions_nearest_to_their_words(prompts: Prompts, rng: random.Random) -> None:
+    """By cosines in float64, one region after the other."""
+    objective = contrasting(tiny(prompts, "region", dtype=torch.float64))
+    a, b, c, d = different(rng, 4)
+    samples = captioned(rng, [a, b, a, None, c, d, b, a])
+    batch = packed(samples, prompts)
+    captions = caption_rows(batch, samples)
+    micro = objective.micro(batch)
+    regions = objective.model.regions(batch).detach()
+    table = objective.model.llava.get_input_embeddings().weight.detach()
+    texts = {}
+    for row, caption in captions.items():
+        encoded = prompts.encode([("what", caption)])[0]
+        texts[row] = table[torch.tensor(encoded.ids[encoded.start : encoded.stop - 1])].mean(0)
+    centre = sum(texts.values()) / len(texts)
+    hits = 0
+    for row in captions:
+        nearest = max(texts, key=lambda other: float(F.cosine_similarity(regions[row], texts[other] - centre, dim=0)))
+        hits += captions[nearest] == captions[row]
+    assert float(objective(micro).accuracy) == pytest.approx(hits / len(captions))
+    half = Counts(micro.tokens, 2 * micro.cells)  # the other half of a step adds its own share
+    assert float(objective(micro, half).accuracy) == pytest.approx(hits / len(captions) / 2)
+
+
+def test_regions_that_are_their_captions_are_all_hits(
+    prompts: Prompts, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = contrasting(tiny(prompts, "region", dtype=torch.float32))
+    assert objective.contrast is not None
+    micro = objective.micro(packed(captioned(rng, different(rng, 7)), prompts))
+    words_of = objective.contrast._captions(objective.model, micro.batch)
+    for sign, share in ((1, 1.0), (-1, 0.0)):
+        regions = sign * (words_of - words_of.mean(0))
+        monkeypatch.setattr(GranViT, "regions", lambda self, batch, value=regions: value)
+        assert float(objective(micro).accuracy) == share
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_regions_with_one_caption_are_all_positives(prompts: Prompts, rng: random.Random, count: int) -> None:
     """Less their mean nothing is left of them but rounding, so the bias alone decides."""
@@ -151,7 +188,7 @@ def test_shares_of_contrast_are_weighed_by_their_regions(prompts: Prompts, rng: 
 def test_without_any_caption_the_contrast_is_zero_with_a_zero_gradient(prompts: Prompts, rng: random.Random) -> None:
     objective = contrasting(tiny(prompts, "region", dtype=torch.float32))
     losses = objective(objective.micro(packed(captioned(rng, [None, None, None]), prompts)))
-    assert float(losses.contrastive) == float(losses.alignment) == 0
+    assert float(losses.contrastive) == float(losses.alignment) == float(losses.accuracy) == 0
     losses.total.backward()
     grads = [p.grad for p in objective.parameters() if p.grad is not None]
     assert grads

@@ -20,7 +20,8 @@ from granvit.data.shards import ShardWriter
 from granvit.errors import UserError
 from granvit.model.assemble import assemble, freeze
 from granvit.recipe import Data, DataSource, Distillation, Model, Recipe, Scenes, Source, Stage, load
-from granvit.train.plan import DEVICES, Device, Plan, StagePlan, layout, measured_cpu, plan, render
+from granvit.train.devices import DEVICES, Device, measured_cpu
+from granvit.train.plan import Plan, StagePlan, layout, plan, render
 
 CPU = Device("a processor", "cpu", 1e12, None, 0.5)
 RECIPES = Path(__file__).parents[2] / "recipes"
