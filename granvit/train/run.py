@@ -26,14 +26,13 @@ from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Recipe, Stage, load
-from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
+from granvit.train.checkpoints import MODEL, RESOLVED, checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
 from granvit.train.log import RunLog
 from granvit.train.objective import Objective
 from granvit.train.stopping import Stop
 from granvit.train.trainer import StageTrainer
 
-RESOLVED, MODEL = "recipe.yaml", "model"
 _PAD = 64  # rows of a batch get a multiple of this many tokens, so that compiled code meets few shapes
 
 
