@@ -160,8 +160,8 @@ def _boxes(found: Found, to: str, image_size: int) -> str:
     written = f" In text they are written as {styles[stage.style]}." if stage is not None and to == "llava" else ""
     return (
         "Boxes are x0, y0, x1, y1 relative to the **square frame**, 0 to 1, not to the image: an image is scaled to "
-        f"fit into the middle of a black frame, with bars beside it or above and below.{written} The frame is the square "
-        "around the image, so shares of one become pixels of the other by\n\n"
+        f"fit into the middle of a black frame, with bars beside it or above and below.{written} The frame is the "
+        "square around the image, so shares of one become pixels of the other by\n\n"
         f"```python\n{snippets.MAPPING}```"
     )
 
