@@ -47,7 +47,7 @@ def test_transformers_reads_an_export_of_every_tower(tmp_path: Path, tower: str,
     folder = export(tmp_path / "model", "llava", dtype=dtype)
     assert folder == tmp_path / "llava"
     found, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert found.dtype == getattr(torch, dtype)
     weights.cast_parameters(model, found.dtype)
     ids, pixels = inputs(model.llava.config.image_seq_length, model.llava.config.image_token_id)
@@ -152,7 +152,7 @@ def test_an_image_comes_into_the_frame_as_in_training(tmp_path: Path, shape: tup
     smooth = torch.stack([100 + 100 * x, 100 + 100 * y, 200 - 50 * (x + y)], -1).round().to(torch.uint8)
     file = io.BytesIO()
     Image.fromarray(smooth.numpy()).save(file, "PNG")
-    pixels, transform = frame(file.getvalue(), (SIZE, SIZE))
+    pixels, _ = frame(file.getvalue(), (SIZE, SIZE))
     expected = normalise(pixels[None], MEAN, STD, torch.float32)[0]
     found = processor.image_processor(Image.open(file), return_tensors="pt").pixel_values[0]
     scale, centre = (torch.tensor(value)[:, None, None] for value in (STD, MEAN))
