@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ class Difference:
     @property
     def within(self) -> bool:
         """Whether it is no more than rounding; not where anything is not finite."""
-        return self.largest <= self.allowed * self.scale
+        return math.isfinite(self.largest) and self.largest <= self.allowed * self.scale
 
     def __str__(self) -> str:
         return f"{self.what}: largest difference {self.largest:.3g} of values up to {self.scale:.3g}"

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+import granvit
 from granvit.data.images import frame
 from granvit.export import weights
 from granvit.export.run import export
@@ -228,4 +229,6 @@ def run_card(folder: Path) -> subprocess.CompletedProcess[str]:
     Image.fromarray(torch.randint(0, 256, (SIZE, SIZE, 3), dtype=torch.uint8).numpy()).save(folder / "photo.jpg")
     blocks = (folder / "README.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.partition("```")[0] for block in blocks)
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(granvit.__file__).parents[1])}  # for a region head
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

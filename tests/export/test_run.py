@@ -6,25 +6,21 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 from typer.testing import CliRunner
 
 from granvit.cli import app
 from granvit.data.record import Record
 from granvit.data.shards import ShardWriter, sha256
 from granvit.errors import UserError
-from granvit.export import ExportError, llava, load_region_head, region_head, vision, weights
+from granvit.export import ExportError, load_region_head, region_head, weights
 from granvit.export.run import export
 from granvit.export.source import find
-from granvit.export.verify import difference
 from granvit.geometry import BoxTransform
 from tests.export.support import run_folder, saved
 from tests.export.test_llava import run_card
@@ -116,8 +112,9 @@ def test_a_region_head_is_that_of_the_model(tmp_path: Path, prompt: str) -> None
             expected = model.llava.model.multi_modal_projector(pooled)
         assert torch.equal(found, expected)
         assert torch.equal(head.projector(tokens), model.llava.model.multi_modal_projector(tokens))
-    ran = run_card(folder)
-    assert ran.returncode == 0, ran.stderr
+    if prompt == "mixed":
+        ran = run_card(folder)
+        assert (ran.returncode, ran.stdout) == (0, "torch.Size([1, 16])\n"), ran.stderr
 
 
 def test_no_region_head_is_one_sentence(tmp_path: Path) -> None:
@@ -179,66 +176,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava", "model"]
 
 
-# ---- verification
-
-
-def test_the_command_verifies_without_granvit(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "granvit.cli", "export", str(run), "--to", "llava"]
-    command += ["--output", str(tmp_path / "out"), "--verify"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert f"exporting {run}/second/model, the model of stage second to llava in bfloat16" in ran.stdout
-    [largest] = re.findall(r"verified in bfloat16: logits: largest difference (\S+) of values", ran.stdout)
-    assert float(largest) < 0.1
-    assert "logits: largest difference" in (tmp_path / "out" / "README.md").read_text()
-
-
-def nudged(names: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    def changed(*args: object) -> dict[str, Tensor]:
-        found = names(*args)
-        name = next(name for name in found if name.endswith("layers.1.mlp.fc2.weight"))
-        found[name] = found[name] * 1.01
-        return found
-
-    return changed
-
-
-@pytest.mark.parametrize("to", ["llava", "vision"])
-def test_an_export_that_is_not_the_model_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
-) -> None:
-    saved(tmp_path / "model")
-    module = llava if to == "llava" else vision
-    monkeypatch.setattr(module, "published_names", nudged(vision.published_names))
-    with pytest.raises(ExportError, match=r"not written, since the export is not the model: (logits|tokens): largest"):
-        export(tmp_path / "model", to, verify=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_missing_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path / "model")
-
-    def fewer(*args: object) -> dict[str, Tensor]:
-        found = names(*args)
-        return {name: value for name, value in found.items() if not name.endswith("layers.1.mlp.fc2.weight")}
-
-    names = vision.published_names
-    monkeypatch.setattr(vision, "published_names", fewer)
-    with pytest.raises(ExportError, match="verify: the export lacks weights, or has others"):
-        export(tmp_path / "model", "vision", verify=True)
-
-
-def test_what_is_not_finite_is_no_rounding() -> None:
-    ones = torch.ones(3)
-    assert difference("x", ones, ones + 1e-6, 1e-5).within
-    assert not difference("x", ones, ones + 1e-4, 1e-5).within
-    assert not difference("x", ones, torch.tensor([1.0, float("nan"), 1.0]), 1e-5).within
-    assert not difference("x", torch.tensor([float("inf"), 1.0, 1.0]), ones, 1e-5).within
-    with pytest.raises(ExportError, match=r"expected shape \(3,\), got \(2,\)"):
-        difference("x", ones, ones[:2], 1e-5)
-
-
 def test_the_help_names_every_option() -> None:
-    shown = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
-    for word in ("CHECKPOINT", "--to", "--output", "--dtype", "--timm", "--license", "--verify", "--overwrite"):
+    shown = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output.casefold()
+    for word in ("checkpoint", "--to", "--output", "--dtype", "--timm", "--license", "--verify", "--overwrite"):
         assert word in shown
