@@ -27,7 +27,7 @@ from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Model, Recipe, Stage, load
 from granvit.train._counting import costs_of
-from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
+from granvit.train.checkpoints import MODEL, RESOLVED, checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
 from granvit.train.devices import peak_flops
 from granvit.train.hooks import Arguments
@@ -36,7 +36,6 @@ from granvit.train.objective import Objective
 from granvit.train.stopping import Stop
 from granvit.train.trainer import StageTrainer
 
-RESOLVED, MODEL = "recipe.yaml", "model"
 _PAD = 64  # rows of a batch get a multiple of this many tokens, so that compiled code meets few shapes
 
 
