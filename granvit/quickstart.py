@@ -1,43 +1,36 @@
-"""``granvit quickstart``: the whole recipe in miniature, on scenes composed here, with a report and pictures."""
+"""``granvit quickstart``: the whole recipe in miniature on scenes composed here, evaluated, reported and exported."""
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from granvit.data.progress import progress_bar
 from granvit.errors import UserError
-from granvit.recipe import Recipe, Stage, load
+from granvit.recipe import Recipe, load
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "miniature" / "cpu.yaml"
-TASKS = {"bbox_to_caption": "Bbox2Caption", "caption_to_bbox": "Caption2Bbox"}
-SHOWN = 4  # held-out images in the picture
-_ASKED = 16  # held-out images that are answered
-
-
-@dataclass(frozen=True)
-class Quickstart:
-    """What a run left.
-
-    Attributes:
-        report: the figures, as ``report.json`` holds them.
-        pictures: that were drawn.
-    """
-
-    report: dict[str, Any]
-    pictures: tuple[Path, ...]
+TASKS = {"bbox_to_caption": ("rouge_l", "exact_match"), "caption_to_bbox": ("accuracy_50", "mean_iou")}
+_ASKED = 12  # held-out images
+_TOKENS = 32  # of an answer, room for a box
+_PROBED = 200  # training images that the linear probe learns from
 
 
 def run(
     overrides: Sequence[str] = (), *, overwrite: bool = False, recipe: Path = RECIPE, console: Console | None = None
 ) -> int:
-    """Trains the miniature recipe, or goes on where it stopped, then answers held-out questions and draws them.
+    """Trains the miniature recipe, asks its models about held-out scenes, writes a page about it, and exports it.
+
+    A second call goes on where the first stopped.
 
     Args:
         overrides: ``key=value`` of the recipe.
@@ -49,8 +42,10 @@ def run(
         0, or what :func:`granvit.train.run.run` gives when it is stopped early.
 
     Raises:
-        UserError: the recipe is not there, or a stage cannot run.
+        UserError: the recipe is not there, or something cannot be trained, read or written.
     """
+    from granvit.eval.report import write_report
+    from granvit.export.run import export
     from granvit.train.run import run as train
 
     console = console or Console(width=None)
@@ -59,79 +54,109 @@ def run(
             "quickstart: the recipes are not part of the installed package; run this from a source checkout"
         )
     loaded = load(recipe, overrides)
+    folder = Path(loaded.output)
     began = time.perf_counter()
     status = train(loaded, overwrite=overwrite, console=console)
     if status:
         return status
-    made = report(loaded, console)
-    console.print(_table(made.report))
-    for path in [*made.pictures, Path(loaded.output) / "report.json"]:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    evaluations = _evaluate(loaded, folder, console)
+    console.print(_table(evaluations))
+    _probe(loaded, folder, console)
+    with _bar("report") as tell:
+        page = write_report(folder, progress=lambda name, done, total: tell(done, total))
+    exported = folder / "llava"
+    if not exported.exists():
+        export(folder, "llava", output=exported, verify=True, console=console)
+    for what, path in (("what was trained, in figures and pictures", page), ("for plain transformers", exported)):
+        console.print(f"{path}: {what}", highlight=False, soft_wrap=True)
     console.print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
     return 0
 
 
-def report(recipe: Recipe, console: Console) -> Quickstart:
-    """Held-out losses before and after each stage, and what its model answers, in figures and pictures."""
-    from granvit.eval.picture import draw_curves, draw_predictions, read_metrics
-    from granvit.eval.predict import Answered, share_right
-
-    folder = Path(recipe.output)
-    metrics = read_metrics(folder / "metrics.jsonl")
-    figures: dict[str, Any] = {"recipe": recipe.name, "stages": {}}
-    columns: dict[str, list[Answered]] = {}
-    for stage in recipe.stages:
-        facts = figures["stages"][stage.name] = _losses(metrics, stage.name)
-        for task, name in TASKS.items():
-            if stage.tasks.get(task):
-                console.print(f"{stage.name}: answering held-out questions of {name}")
-                answered = _answers(recipe, stage, folder)
-                share, count = share_right(answered, task)
-                facts[f"{task}/right"], facts[f"{task}/asked"] = share, count
-                columns[f"{name} after {stage.name}: {share:.0%} of {count} right"] = answered[:SHOWN]
-    (folder / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    draw_curves(metrics, folder / "curves.png")
-    draw_predictions(columns, folder / "predictions.png", title="held-out scenes; green is right, dashed is the truth")
-    return Quickstart(figures, (folder / "curves.png", folder / "predictions.png"))
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    with progress_bar() as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _losses(metrics: Sequence[Mapping[str, Any]], stage: str) -> dict[str, float]:
-    """The first and the last held-out figures of a stage."""
-    lines = [line for line in metrics if line["stage"] == stage and any(name.startswith("heldout/") for name in line)]
-    facts = {}
-    for when, line in (("before", lines[:1]), ("after", lines[-1:])):
-        for name in ("contrastive", "caption", "wrong_image/caption", *(f"caption/{task}" for task in TASKS)):
-            for entry in line:
-                if f"heldout/{name}" in entry:
-                    facts[f"{name}/{when}"] = entry[f"heldout/{name}"]
-    return facts
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _answers(recipe: Recipe, stage: Stage, folder: Path) -> list[Any]:
-    from granvit.eval.predict import predict
-    from granvit.model import checkpoint
-    from granvit.model.prompts import Prompts
+def _evaluate(recipe: Recipe, folder: Path, console: Console) -> dict[str, dict[str, Any]]:
+    """What the model answers before training, after each stage that asks, and after the last with the wrong image."""
+    from granvit.eval.answers import read_evaluation
+    from granvit.eval.opening import of_recipe
+    from granvit.eval.questions import Asking
+    from granvit.eval.report_run import BEFORE, EVALUATION
+    from granvit.eval.runner import Settings, evaluate
     from granvit.train.checkpoints import MODEL
-    from granvit.train.run import heldout_samples
+    from granvit.train.run import save_start
 
-    loaded = checkpoint.load(folder / stage.name / MODEL)
-    samples = heldout_samples(recipe, stage, _ASKED)
-    return predict(loaded.model, Prompts(loaded.tokenizer), samples, style=stage.style)
+    stages = [stage for stage in recipe.stages if stage.objective == "caption"]
+    first = stages[0]
+    asking = Asking(tuple(TASKS), first.regions, first.prompt, first.style)
+    models = {BEFORE: folder / BEFORE} | {stage.name: folder / stage.name / MODEL for stage in stages}
+    models[f"{stages[-1].name}-wrong-image"] = models[stages[-1].name]
+    found = {}
+    for name, model in models.items():
+        place = folder / EVALUATION / name
+        report = read_evaluation(place)
+        if report is None:
+            console.print(f"held-out questions: {name.replace('-', ', ', 1)}", highlight=False)
+            if name == BEFORE:
+                save_start(recipe, model)
+            settings = Settings(
+                asking, _ASKED, wrong_image=name.endswith("-wrong-image"), max_new_tokens=_TOKENS, device=_device()
+            )
+            with _bar("images") as tell:
+                report = evaluate(model, of_recipe(recipe), settings, place, progress=tell)
+            if name == BEFORE:
+                shutil.rmtree(model)  # as large as any, and made again by its seed
+        found[name] = report
+    return found
 
 
-def _table(figures: Mapping[str, Any]) -> Table:
-    table = Table("stage", title="held out", title_justify="left")
-    for heading in ("loss before", "after", "wrong image costs", "answered right"):
-        table.add_column(heading, justify="right")
-    for stage, facts in figures["stages"].items():
-        term = "contrastive" if "contrastive/after" in facts else "caption"
-        right = [
-            f"{facts[f'{task}/right']:.0%} of {facts[f'{task}/asked']}" for task in TASKS if f"{task}/right" in facts
-        ]
-        table.add_row(
-            stage,
-            *(f"{facts[f'{term}/{when}']:.3f}" if f"{term}/{when}" in facts else "" for when in ("before", "after")),
-            f"{facts['wrong_image/caption/after']:+.3f}" if "wrong_image/caption/after" in facts else "",
-            ", ".join(right),
+def _probe(recipe: Recipe, folder: Path, console: Console) -> None:
+    """What the tower alone can tell apart, before training and after each stage that trains it."""
+    from granvit.eval.comparison import ProbeSettings, compare, table
+    from granvit.eval.features import Tower
+    from granvit.eval.opening import of_recipe, open_tower
+    from granvit.eval.report_run import BEFORE, EVALUATION
+    from granvit.train.checkpoints import MODEL, RESOLVED
+
+    def tower(name: str, place: Path) -> Tower:
+        return replace(open_tower(str(place)), name=name)
+
+    stages = [stage.name for stage in recipe.stages if "vision" in stage.train]
+    towers = {BEFORE: folder / RESOLVED} | {name: folder / name / MODEL for name in stages}
+    train, heldout = (of_recipe(recipe, split, unique=False) for split in ("train", "heldout"))
+    settings = ProbeSettings(train_images=_PROBED, images=None, device=_device())
+    with _bar("probes") as tell:
+        report = compare(
+            [partial(tower, *item) for item in towers.items()],
+            train,
+            heldout,
+            settings,
+            folder / EVALUATION,
+            progress=lambda name, done, total: tell(done, total),
         )
-    return table
+    console.print(table(report))
+
+
+def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
+    from granvit.eval.scores import HEADINGS
+
+    made = Table("held-out questions", title_justify="left")
+    for metrics in TASKS.values():
+        for metric in metrics:
+            made.add_column(HEADINGS[metric], justify="right")
+    for name, report in evaluations.items():
+        cells = [
+            f"{report['metrics'][task]['all'][metric]:.3f}" for task, metrics in TASKS.items() for metric in metrics
+        ]
+        made.add_row(name.replace("-", ", ", 1), *cells)
+    return made

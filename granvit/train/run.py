@@ -155,6 +155,12 @@ def _begin(recipe: Recipe, number: int, folder: Path, log: RunLog) -> tuple[Gran
     return _wrap(assembled, recipe, before), assembled
 
 
+def save_start(recipe: Recipe, folder: Path) -> None:
+    """Writes the model that the first stage begins with, to compare with."""
+    model, assembled = _begin(recipe, 0, Path(recipe.output), RunLog(Path(recipe.output), None))
+    checkpoint.save(model, assembled.tokenizer, recipe.model.image_size, folder)
+
+
 def _wrap(assembled: Assembled, recipe: Recipe, before: GranViT | None) -> GranViT:
     """The model with the heads that it had before, where it had such and the width is still theirs."""
     with torch.random.fork_rng(devices=[]):
