@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from granvit.data.tasks import Pair
+from granvit.eval.metrics import Box, exact_match, iou
 from granvit.geometry import parse_boxes
 from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Prediction:
 
     @property
     def right(self) -> bool:
-        """The same words, but for case and spaces; for a box, an overlap (IoU) of at least 0.5."""
+        """The same words but for case, spaces and the punctuation at the end; a box with an IoU of at least 0.5."""
         if self.pair.task == "caption_to_bbox":
             return self.pair.box is not None and self.box is not None and iou(self.pair.box, self.box) >= 0.5
-        return " ".join(self.answer.casefold().split()) == " ".join(self.pair.answer.casefold().split())
+        return bool(exact_match(self.answer, [self.pair.answer]))
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,6 @@ class Answered:
 
     pixels: Tensor
     predictions: tuple[Prediction, ...]
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes; 0 where neither has an area."""
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    both = width * height
-    either = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
-    return both / either if either > 0 else 0.0
 
 
 @torch.no_grad()

@@ -1,0 +1,143 @@
+"""``granvit eval`` and ``granvit probe``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer()
+
+_Images = Annotated[int | None, typer.Option(help="Of each source, drawn at random; left out, all.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out, cuda where there is one.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that the folder holds.")]
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a model, or of a run: its last finished stage.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shards, a recipe's held-out data (.yaml), questions (.jsonl), or scenes:KIND:COUNT; may be repeated. "
+            "Left out, the held-out data of the model's run."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; an unfinished run in it goes on.")] = Path(
+        "out/eval"
+    ),
+    tasks: Annotated[
+        str, typer.Option(help="Of global_caption, bbox_to_caption, caption_to_bbox, with commas.")
+    ] = "bbox_to_caption,caption_to_bbox",
+    images: _Images = None,
+    regions: Annotated[int | None, typer.Option(help="Of an image that each task asks about; left out, all.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="text, region, box or mixed; left out, the training's, or text.")
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option(help="relative, thousandths or pixels; left out, the training's, or relative.")
+    ] = None,
+    ambiguous: Annotated[
+        bool, typer.Option("--ambiguous", help="Ask Caption2Bbox for captions of several boxes too, as RefCOCO does.")
+    ] = False,
+    wrong_image: Annotated[
+        bool, typer.Option("--wrong-image", help="Show another image in place of each: what is known without looking.")
+    ] = False,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="That paths in questions start from; left out, the folder of the file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: _Device = None,
+    overwrite: _Overwrite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json in place of tables.")] = False,
+) -> None:
+    """Ask a model about held-out images, keep every answer, and say what they are worth; stopped, it goes on."""
+    import json
+
+    from rich.console import Console
+
+    from granvit.data.progress import progress_bar
+    from granvit.eval.opening import find_model, of_recipe, open_sources
+    from granvit.eval.questions import Asking, SettingsError
+    from granvit.eval.runner import Settings
+    from granvit.eval.runner import evaluate as run
+
+    found = find_model(model)
+    stage = found.stage
+    asking = Asking(
+        tuple(task.strip() for task in tasks.split(",")),
+        regions,
+        prompt or (stage.prompt if stage else "text"),
+        style or (stage.style if stage else "relative"),
+        ambiguous,
+        seed,
+    )
+    settings = Settings(asking, images, wrong_image, batch_size, max_new_tokens, seed, dtype, _device(device))
+    if data:
+        sources = open_sources(data, images=image_folder, seed=seed, size=_frame(found.folder))
+    elif found.recipe is not None:
+        sources = of_recipe(found.recipe, found.recipe.data.heldout)
+    else:
+        raise SettingsError(f"data: {model} says nothing of a run; expected --data")
+    with progress_bar() as bar:
+        task = bar.add_task("images", total=None)
+        report = run(
+            found.folder,
+            sources,
+            settings,
+            out,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+        return
+    console = Console(width=None)
+    for name in report["metrics"]:
+        console.print(table(name, report["metrics"][name]))
+    for reason, count in report["counts"]["not asked"].items():
+        console.print(f"not asked: {count} x {reason}")
+    console.print(f"wrote {out}/evaluation.json", highlight=False, soft_wrap=True)
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _frame(model: Path) -> int:
+    """Side of a model's frame in pixels."""
+    import json
+
+    from granvit.model.checkpoint import SETTINGS
+
+    return int(json.loads((model / SETTINGS).read_text(encoding="utf-8"))["image_size"])
+
+
+def table(task: str, metrics: dict[str, Any]) -> Table:
+    """The means of a task and of each group, for a console."""
+    from rich.table import Table
+
+    from granvit.eval.scores import HEADINGS
+
+    names = [name for name in HEADINGS if name in metrics["all"]]
+    made = Table(task, "answers", title_justify="left")
+    made.columns[1].justify = "right"
+    for name in names:
+        made.add_column(HEADINGS[name], justify="right")
+    rows = [("all", metrics["all"])]
+    for dimension, groups in metrics["by"].items():
+        if len(groups) > 1:
+            rows += [(f"{dimension}: {group}", means) for group, means in groups.items()]
+    for label, means in rows:
+        cells = (f"{means[name]:.3f}" if name in means else "" for name in names)
+        made.add_row(label, str(means["count"]), *cells)
+    return made
