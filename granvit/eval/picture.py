@@ -30,7 +30,7 @@ def draw_predictions(columns: Mapping[str, Sequence[Answered]], path: Path, *, t
         title: over all of it.
     """
     rows = max((len(images) for images in columns.values()), default=0)
-    figure = _figure(3.4 * len(columns), 3.6 * rows + 0.5)
+    figure = new_figure(3.4 * len(columns), 3.6 * rows + 0.5)
     panels = figure.subplots(rows, len(columns), squeeze=False)
     for column, (heading, images) in enumerate(columns.items()):
         for row in range(rows):
@@ -107,7 +107,7 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: of the picture, a PNG.
     """
     stages = list(dict.fromkeys(line["stage"] for line in metrics))
-    figure = _figure(4.2 * max(len(stages), 1), 3.4)
+    figure = new_figure(4.2 * max(len(stages), 1), 3.4)
     panels = figure.subplots(1, max(len(stages), 1), squeeze=False)[0]
     for panel, stage in zip(panels, stages, strict=False):
         lines = [line for line in metrics if line["stage"] == stage]
@@ -129,7 +129,12 @@ def _curve(panel: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: st
         panel.plot(*zip(*points, strict=True), label=label, marker=marker, linestyle=style, linewidth=1.4)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from granvit.data.images import ImageError, decode
 from granvit.model import checkpoint
 from granvit.model._sources import PartError, config_of, load_vision, normalisation
 from granvit.model.assemble import NORMALISATION
-from granvit.model.tower import FAMILIES, normalise
+from granvit.model.tower import FAMILIES, blocks_of, normalise
 from granvit.recipe import Source
 
 
@@ -32,6 +34,11 @@ class Tower:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_size: int
+
+    @property
+    def layers(self) -> int:
+        """How many blocks it has."""
+        return len(blocks_of(self.model))
 
     def prepare(self, frame: Tensor) -> Tensor:
         """A uint8 frame ``(3, H, W)`` as the tower takes it, ``(1, 3, H, W)``."""
@@ -62,6 +69,19 @@ def open_tower(name: str | Path) -> Tower:
     mean, std, _ = normalisation(source, NORMALISATION[config.model_type], key)
     side = config.image_size if isinstance(config.image_size, int) else max(config.image_size)
     return Tower(model.to(torch.float32), _triple(mean), _triple(std), side)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file, upright and in RGB: uint8 ``(3, H, W)``.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return torch.from_numpy(np.array(decode(data, name=str(path)))).permute(2, 0, 1)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:
