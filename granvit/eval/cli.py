@@ -83,7 +83,7 @@ def evaluate(
     if data:
         sources = open_sources(data, images=image_folder, seed=seed, size=_frame(found.folder))
     elif found.recipe is not None:
-        sources = of_recipe(found.recipe, found.recipe.data.heldout)
+        sources = of_recipe(found.recipe)
     else:
         raise SettingsError(f"data: {model} says nothing of a run; expected --data")
     with progress_bar() as bar:
@@ -141,3 +141,59 @@ def table(task: str, metrics: dict[str, Any]) -> Table:
         cells = (f"{means[name]:.3f}" if name in means else "" for name in names)
         made.add_row(label, str(means["count"]), *cells)
     return made
+
+
+@app.command("probe")
+def probe(
+    towers: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of models or runs, recipes (.yaml: the tower before it trains), or towers of transformers "
+            "(folders or hub names)."
+        ),
+    ],
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="Shards, a recipe's training data (.yaml), or scenes:KIND:COUNT; may be repeated."),
+    ] = None,
+    heldout: Annotated[list[str] | None, typer.Option(help="Likewise, held out.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for probes.json.")] = Path("out/probes"),
+    train_images: Annotated[int, typer.Option(help="Of each training source.")] = 400,
+    images: Annotated[int, typer.Option(help="Of each held-out source.")] = 200,
+    size: Annotated[int | None, typer.Option(help="Side of the frame in pixels; left out, each tower's own.")] = None,
+    scene_size: Annotated[int, typer.Option(help="Side of scenes in pixels.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    device: _Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print probes.json in place of a table.")] = False,
+) -> None:
+    """Probe vision towers without a language model: do their features tell regions apart, and whole images?"""
+    import json
+    from functools import partial
+
+    from rich.console import Console
+
+    from granvit.data.progress import progress_bar
+    from granvit.eval.comparison import ProbeSettings, compare
+    from granvit.eval.comparison import table as probes_table
+    from granvit.eval.opening import open_sources, open_tower
+
+    settings = ProbeSettings(train_images, images, seed, _device(device))
+    train_sources, heldout_sources = (
+        open_sources(texts or ["scenes:natural:100000"], seed=seed, size=scene_size, split=split, unique=False)
+        for split, texts in (("train", train), ("heldout", heldout))
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("images", total=None)
+        report = compare(
+            [partial(open_tower, text, size) for text in towers],
+            train_sources,
+            heldout_sources,
+            settings,
+            out,
+            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+        )
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    Console(width=None).print(probes_table(report))
+    print(f"wrote {out}/probes.json")

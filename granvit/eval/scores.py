@@ -19,6 +19,8 @@ HEADINGS = {
     "anls": "ANLS",
     "vqa_accuracy": "VQA accuracy",
 }
+# Of groups that have one; others stand by the alphabet.
+_ORDER = ("small", "medium", "large", "1", "2-4", "5-9", "10+", "none", "below half", "half or more")
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,13 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
                 by.setdefault(dimension, {}).setdefault(group, []).append(values)
         found[task] = {
             "all": _means([values for _, values in of_task]),
-            "by": {name: {group: _means(groups[group]) for group in sorted(groups)} for name, groups in by.items()},
+            "by": {name: {x: _means(groups[x]) for x in sorted(groups, key=_rank)} for name, groups in by.items()},
         }
     return found
+
+
+def _rank(group: str) -> tuple[int, str]:
+    return (_ORDER.index(group) if group in _ORDER else len(_ORDER), group)
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

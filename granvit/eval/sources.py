@@ -116,7 +116,7 @@ class Scenes:
 
     Args:
         count: how many.
-        kind, split, seed, size, names: see :class:`granvit.data.scenes.SceneComposer`.
+        kind, split, seed, size, names, unique: see :class:`granvit.data.scenes.SceneComposer`.
     """
 
     asks = False
@@ -130,8 +130,9 @@ class Scenes:
         seed: int = 0,
         size: int = 256,
         names: tuple[str, ...] = (),
+        unique: bool = True,
     ) -> None:
-        self._composer = SceneComposer(seed, split, size=size, kind=kind, names=names or None)
+        self._composer = SceneComposer(seed, split, size=size, kind=kind, names=names or None, unique=unique)
         self._count = count
         self.name = f"scenes-{kind}-{split}"
 
@@ -147,7 +148,7 @@ class Scenes:
     def identity(self) -> dict[str, Any]:
         """See :class:`Source`."""
         composer = self._composer
-        settings = {name: getattr(composer, name) for name in ("kind", "split", "seed", "size", "names")}
+        settings = {name: getattr(composer, name) for name in ("kind", "split", "seed", "size", "names", "unique")}
         return {"scenes": settings, "count": self._count}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -111,20 +111,45 @@ def assemble(model: Model, *, seed: int = 0) -> Assembled:
         PartError: a part that cannot be had or does not fit, in one sentence.
         MissingDependencyError: a package that is needed and not installed.
     """
-    config, origin = config_of(model.vision, "model.vision")
-    config, notes = _tower_config(config, model), [f"vision: {origin}"]
-    mean, std, note = normalisation(model.vision, NORMALISATION[config.model_type], "model.vision")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = _at_size(load_vision(model.vision, config, "model.vision"), model.image_size)
+        tower, mean, std, notes = assemble_tower(model.vision, model.image_size)
         language, tokenizer, more = _load_language(model.language, "model.language", model)
         llava = _join(tower, language, tokenizer, model)
-    registers = getattr(config, "num_register_tokens", 0)
+    registers = getattr(tower.config, "num_register_tokens", 0)
     if registers:
-        notes.append(
-            f"vision: plain LLaVA shows the language model the {registers} register tokens too; granvit leaves them out"
-        )
-    return Assembled(llava, tokenizer, mean, std, model.image_size, tuple(x for x in (*notes, note, *more) if x))
+        extra = f"vision: plain LLaVA shows the language model the {registers} register tokens too"
+        notes += (f"{extra}; granvit leaves them out",)
+    return Assembled(llava, tokenizer, mean, std, model.image_size, (*notes, *more))
+
+
+class Tower(NamedTuple):
+    """A vision tower and what it needs to be fed; `mean`, `std` and `notes` as in :class:`Assembled`."""
+
+    tower: PreTrainedModel
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    notes: tuple[str, ...]
+
+
+def assemble_tower(source: Source, image_size: int | None = None, key: str = "model.vision") -> Tower:
+    """The vision tower alone, float32; new weights are drawn from torch's generator.
+
+    Args:
+        source: of the tower.
+        image_size: side of the square frame in pixels; None is that of the tower's config.
+        key: of the source in the recipe, for errors.
+
+    Raises:
+        PartError: it cannot be had, or sees no frames of this size, in one sentence.
+    """
+    config, origin = config_of(source, key)
+    # What is no vision model has no size, and is refused for that first.
+    size: int = image_size or getattr(getattr(config, "vision_config", config), "image_size", 0)
+    config = _tower_config(config, source, size)
+    mean, std, note = normalisation(source, NORMALISATION[config.model_type], key)
+    tower = _at_size(load_vision(source, config, key), size)
+    return Tower(tower, mean, std, tuple(x for x in (f"vision: {origin}", note) if x))
 
 
 def assemble_empty(model: Model, *, device: str = "meta") -> Empty:
@@ -143,7 +168,8 @@ def assemble_empty(model: Model, *, device: str = "meta") -> Empty:
     """
     vision, from_where = config_of(model.vision, "model.vision", download=False)
     text, from_there = config_of(model.language, "model.language", download=False)
-    vision, text = _tower_config(vision, model), copy.deepcopy(_text_config(text, "model.language"))
+    vision = _tower_config(vision, model.vision, model.image_size)
+    text = copy.deepcopy(_text_config(text, "model.language"))
     if vision.model_type in _FIXED_POSITIONS:
         vision.image_size = model.image_size
     tokens, image_token, origin = _tokens(model, text)
@@ -230,16 +256,16 @@ def _text_config(config: PretrainedConfig, key: str) -> PretrainedConfig:
     return config
 
 
-def _tower_config(config: PretrainedConfig, model: Model) -> PretrainedConfig:
+def _tower_config(config: PretrainedConfig, source: Source, size: int) -> PretrainedConfig:
     config = copy.deepcopy(getattr(config, "vision_config", config))
     kind, key = config.model_type, "model.vision"
     if kind not in FAMILIES:
         raise PartError(f"{key}: expected a vision model of type {', '.join(FAMILIES)}, got one of type {kind}")
-    patch, size = config.patch_size, model.image_size
+    patch = config.patch_size
     if size % patch:
         raise PartError(f"model.image_size: expected a multiple of the patch of {patch} pixels, got {size}")
-    if model.vision.config is not None:
-        if model.vision.config.get("image_size", size) != size:
+    if source.config is not None:
+        if source.config.get("image_size", size) != size:
             raise PartError(f"{key}.config.image_size: expected that of model.image_size, {size}, or none")
         config.image_size = size
     if kind == "siglip_vision_model":
