@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granvit.data.images import ImageError, decode
 from granvit.errors import UserError, why_not_written
 from granvit.eval.attention import Cell, query_attention, query_similarity
+from granvit.eval.features import Tower
 from granvit.eval.picture import new_figure
-from granvit.eval.towers import Tower
 from granvit.geometry import BoxTransform
-from granvit.model.tower import blocks_of, grid_of, patch_of
+from granvit.model.tower import blocks_of, grid_of, normalise, patch_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,19 +92,19 @@ def look(
     for x, y in points:
         if not (0 <= x <= 1 and 0 <= y <= 1):
             raise LookError(f"query: expected x and y relative to the image, 0 to 1, got {x:g},{y:g}")
-    size = (tower.image_size, tower.image_size)
+    size = (tower.size, tower.size)
     transform = BoxTransform.letterbox((image.shape[1], image.shape[2]), size)
-    pixels = tower.prepare(transform.pixels(image))
+    pixels = normalise(transform.pixels(image)[None], tower.mean, tower.std, tower.module.dtype)
     cells = [_cell(tower, transform, point) for point in points]
-    count = len(blocks_of(tower.model))
+    count = len(blocks_of(tower.module))
     numbers = [layer if layer >= 0 else count + 1 + layer for layer in layers]
     extent = _extent(tower, transform)
     if similarity:
-        maps = query_similarity(tower.model, pixels, cells, layers).flatten(0, 1)
+        maps = query_similarity(tower.module, pixels, cells, layers).flatten(0, 1)
         captions = [_caption(numbers, number, q) for number in numbers for q in range(len(points))]
         unit = SIMILARITY
     else:
-        found = query_attention(tower.model, pixels, cells, layers)
+        found = query_attention(tower.module, pixels, cells, layers)
         maps, prefix = found.patches, found.prefix
         if heads:
             captions = [f"head {i + 1}" for i in range(maps.shape[1])]
@@ -121,6 +122,19 @@ def look(
     return Looked(title, maps.cpu(), tuple(captions), shown, extent, unit)
 
 
+def read_image(path: Path) -> Tensor:
+    """An image file, upright and in RGB: uint8 ``(3, H, W)``.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return torch.from_numpy(np.array(decode(data, name=str(path)))).permute(2, 0, 1)
+
+
 def _caption(numbers: Sequence[int], number: int, query: int) -> str:
     return f"layer {number}" if len(numbers) > 1 else f"query {query + 1}"
 
@@ -133,8 +147,8 @@ def _elsewhere(prefix: float, outside: float) -> str:
 
 def _cell(tower: Tower, transform: BoxTransform, point: Point) -> Cell:
     """The patch under a point of the image; the nearest, where the grid ends before the frame does."""
-    rows, columns = grid_of(tower.model, transform.target)
-    height, width = patch_of(tower.model)
+    rows, columns = grid_of(tower.module, transform.target)
+    height, width = patch_of(tower.module)
     x, y, _, _ = transform.boxes(torch.tensor([*point, *point], dtype=torch.float64)).tolist()
     row, column = int(y * transform.target[0] // height), int(x * transform.target[1] // width)
     return min(row, rows - 1), min(column, columns - 1)
@@ -142,8 +156,8 @@ def _cell(tower: Tower, transform: BoxTransform, point: Point) -> Cell:
 
 def _extent(tower: Tower, transform: BoxTransform) -> tuple[float, float, float, float]:
     """Left, right, bottom and top of the grid in pixels of the image."""
-    rows, columns = grid_of(tower.model, transform.target)
-    height, width = patch_of(tower.model)
+    rows, columns = grid_of(tower.module, transform.target)
+    height, width = patch_of(tower.module)
     corner = (columns * width / transform.target[1], rows * height / transform.target[0])
     box = transform.inverse().boxes(torch.tensor([0.0, 0.0, *corner], dtype=torch.float64)).tolist()
     image_height, image_width = transform.source

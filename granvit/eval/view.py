@@ -19,7 +19,7 @@ def _several() -> None:
 
 @view.command()
 def attention(
-    tower: Annotated[str, typer.Argument(help="Folder that granvit or transformers wrote, or a name on the hub.")],
+    tower: Annotated[str, typer.Argument(help="Folder of a model or a run, a recipe (.yaml: the tower before it trains), or a folder or hub name of transformers.")],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     query: Annotated[
         list[str] | None, typer.Option(help="x,y relative to the image, 0 to 1; may be repeated. Left out, the middle.")
@@ -35,8 +35,9 @@ def attention(
     output: Annotated[Path, typer.Option(help="The picture, a PNG.")] = Path("out/attention.png"),
 ) -> None:
     """Draw the attention of tokens of a vision tower over an image, or which tokens they are like."""
-    from granvit.eval.attention_picture import draw_looks, look
-    from granvit.eval.towers import open_tower, read_image
+    from granvit.eval.attention_picture import draw_looks, look, read_image
+    from granvit.eval.opening import open_tower
+    from granvit.model.tower import blocks_of
 
     points = [_point(text) for text in query or ["0.5,0.5"]]
     pixels = read_image(image)
@@ -44,9 +45,10 @@ def attention(
     looks = []
     for name, title in zip(names, ("before", "after") if before is not None else ("image",), strict=True):
         opened = open_tower(name)
-        numbers = _layers(layers, opened.layers)
+        count = len(blocks_of(opened.module))
+        numbers = _layers(layers, count)
         looks.append(look(opened, pixels, points, title=title, layers=numbers, heads=heads, similarity=similarity))
-    which = "" if layers == "all" or "," in layers else f", layer {_layers(layers, opened.layers)[0]} of {opened.layers}"
+    which = "" if layers == "all" or "," in layers else f", layer {numbers[0]} of {count}"
     what = "Similarity to the marked token's feature" if similarity else "Attention of the marked token"
     draw_looks(pixels, looks, output, title=what + which)
     print(f"wrote {output}")
