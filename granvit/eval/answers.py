@@ -28,7 +28,7 @@ class AnswerFile:
 
     Args:
         folder: of the evaluation; made where it does not exist.
-        config: plain data; a folder of another configuration is refused.
+        config: plain data as JSON gives it; a folder of another configuration is refused.
         overwrite: delete what an evaluation left there.
 
     Raises:
@@ -49,7 +49,7 @@ class AnswerFile:
                 (self.folder / EVALUATION).unlink(missing_ok=True)
                 (self.folder / CONFIG).unlink(missing_ok=True)
                 self._file.truncate(0)
-            self._claim(json.loads(json.dumps(config)))
+            self._claim(config)
             self._end, self._chunks = 0, set[int]()
             self._scan()
         except OSError as error:

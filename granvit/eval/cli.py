@@ -51,7 +51,7 @@ def evaluate(
         Path | None, typer.Option(help="That paths in questions start from; left out, the folder of the file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that are answered together.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: _Device = None,

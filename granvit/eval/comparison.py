@@ -24,9 +24,9 @@ PROBES = "probes.json"
 FORMAT = "granvit probes 1"
 Progress = Callable[[str, int, int], None]  # name of the tower, images that are done, of how many
 _ROWS = (
-    ("region retrieval, recall@1", ("retrieval", "recall_at_1")),
-    ("region retrieval, mAP", ("retrieval", "map")),
-    ("linear probe, accuracy", ("linear", "accuracy")),
+    ("same name, recall@1", ("retrieval", "recall_at_1")),
+    ("same name, mAP", ("retrieval", "map")),
+    ("linear, accuracy", ("linear", "accuracy")),
 )
 
 
@@ -121,13 +121,14 @@ def compare(
         **versions(),
         "seconds": round(time.perf_counter() - began, 3),
     }
-    path = Path(folder) / PROBES
+    path, text = Path(folder) / PROBES, json.dumps(report, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=1).encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise ProbeError(f"{path}: {why_not_written(error)}") from error
-    return report
+    plain: dict[str, Any] = json.loads(text)
+    return plain
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -135,18 +136,19 @@ def table(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
     towers = report["towers"]
-    made = Table("probe", title="probes", title_justify="left")
+    made = Table("features", "probe")
     for heading in ("by chance", *(tower["name"] for tower in towers)):
         made.add_column(heading, justify="right", overflow="fold")
     for pool in towers[0]["probes"]["regions"]:
         for label, (kind, name) in _ROWS:
             values = [tower["probes"]["regions"][pool][kind] for tower in towers]
             chance = values[0].get("majority" if kind == "linear" else "chance") if name != "map" else None
-            made.add_row(f"{pool}: {label}", _number(chance), *(_cell(value, name) for value in values))
+            made.add_row(pool, label, _number(chance), *(_cell(value, name) for value in values))
     values = [tower["probes"]["images"] for tower in towers]
-    made.add_row(
-        "a view finds its image, recall@1", _number(values[0]["chance"]), *(_cell(x, "recall_at_1") for x in values)
-    )
+    cells = (_cell(value, "recall_at_1") for value in values)
+    made.add_row("whole image", "same image, recall@1", _number(values[0]["chance"]), *cells)
+    for column in made.columns[:3]:
+        column.no_wrap = True
     return made
 
 
@@ -157,5 +159,5 @@ def _number(value: float | None) -> str:
 def _cell(values: dict[str, float], name: str) -> str:
     if name not in values:
         return "no names repeat"
-    interval = "" if name == "map" else f" ({values['low']:.3f} to {values['high']:.3f})"
+    interval = "" if name == "map" else f" ({values['low']:.2f} to {values['high']:.2f})"
     return f"{values[name]:.3f}{interval}"

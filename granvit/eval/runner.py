@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ class Settings:
     images: int | None = None
     wrong_image: bool = False
     batch_size: int = 32
-    max_new_tokens: int = 32
+    max_new_tokens: int = 64
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -124,8 +125,10 @@ def _check(sources: Sequence[Source], numbers: Sequence[Sequence[int]], settings
 
 
 def _config(model: str, sources: Sequence[Source], settings: Settings) -> dict[str, Any]:
-    """What answers depend on, and what nobody may change between two runs into one folder."""
-    return {"model": model, "sources": [source.identity() for source in sources], **asdict(settings)}
+    """What answers depend on, and what nobody may change between two runs into one folder; as JSON gives it back."""
+    plain = {"model": model, "sources": [source.identity() for source in sources], **asdict(settings)}
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found
 
 
 def _answer(
@@ -142,9 +145,10 @@ def _answer(
     model = loaded.model.to(getattr(torch, settings.dtype)).to(settings.device).eval()
     _check_prompt(model, settings.asking.prompt)
     skipped: Counter[str] = Counter()
-    width = max(1, settings.batch_size // 4)  # images whose questions are answered together
     chunk, total, seen = 0, sum(map(len, numbers)), 0
     for source, own in zip(sources, numbers, strict=True):
+        # Images of a chunk: with one question each, or with about four.
+        width = settings.batch_size if source.asks else max(1, settings.batch_size // 4)
         for begin in range(0, len(own), width):
             part = own[begin : begin + width]
             own_images = [source.read(i, loaded.image_size) for i in part]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -234,6 +234,23 @@ def _question(plain: Any, where: str) -> tuple[str, Question]:
     if not isinstance(answers, list) or not answers or not all(isinstance(x, str) for x in answers):
         raise SourceError(f"{where}: answers: expected a list of at least one text, got {str(answers)[:80]}")
     return str(image), Question(str(number), str(text).replace("<image>", "").strip(), tuple(answers))
+
+
+def of_identity(plain: Mapping[str, Any]) -> Source:
+    """The source that an evaluation was made with, from the ``config`` of its ``evaluation.json``.
+
+    Raises:
+        UserError: its files are not there any more.
+        ValueError: it is no identity of a source.
+    """
+    if "shards" in plain:
+        return Shards(plain["shards"])
+    if "scenes" in plain:
+        settings = plain["scenes"]
+        return Scenes(plain["count"], **{**settings, "names": tuple(settings["names"] or ())})
+    if "questions" in plain:
+        return Questions(plain["questions"], plain["images"])
+    raise ValueError(f"of_identity: expected shards, scenes or questions, got {sorted(plain)}")
 
 
 def chosen(source: Source, count: int | None, seed: int) -> list[int]:

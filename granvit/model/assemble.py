@@ -144,11 +144,11 @@ def assemble_tower(source: Source, image_size: int | None = None, key: str = "mo
         PartError: it cannot be had, or sees no frames of this size, in one sentence.
     """
     config, origin = config_of(source, key)
-    # What is no vision model has no size, and is refused for that first.
-    size: int = image_size or getattr(getattr(config, "vision_config", config), "image_size", 0)
-    config = _tower_config(config, source, size)
+    if image_size is None:  # what is no vision model has none, and is refused for that first
+        image_size = int(getattr(getattr(config, "vision_config", config), "image_size", 0))
+    config = _tower_config(config, source, image_size)
     mean, std, note = normalisation(source, NORMALISATION[config.model_type], key)
-    tower = _at_size(load_vision(source, config, key), size)
+    tower = _at_size(load_vision(source, config, key), image_size)
     return Tower(tower, mean, std, tuple(x for x in (f"vision: {origin}", note) if x))
 
 
