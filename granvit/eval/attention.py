@@ -65,7 +65,9 @@ def query_attention(
     place = {id(part): i for i, block in enumerate(blocks_of(tower), 1) for part in block.modules()}
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **more: Any) -> Any:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **more: Any
+    ) -> Any:
         layer = place[id(module)]
         if layer in numbers:
             wide = torch.promote_types(query.dtype, torch.float32)

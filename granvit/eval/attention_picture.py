@@ -281,4 +281,6 @@ def _mark_uniform(bar: Any, patches: int) -> None:
     low, high = bar.mappable.get_clim()
     if low < 1 / patches < high:
         bar.ax.axhline(1 / patches, color="#4df0ff", linewidth=1.6)
-        bar.ax.text(-0.3, 1 / patches, "even", transform=bar.ax.get_yaxis_transform(), fontsize=10, ha="right", va="center")
+        bar.ax.text(
+            -0.3, 1 / patches, "even", transform=bar.ax.get_yaxis_transform(), fontsize=10, ha="right", va="center"
+        )

@@ -91,7 +91,9 @@ def run_charts(metrics: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> d
     for number, stage in enumerate(stages):
         lines = [line for line in metrics if line["stage"] == stage]
         for subject, (series, options) in _subjects(lines).items():
-            made = chart(f"c{number}-{len(found)}-{subject.replace(' ', '-')}", f"{stage}: {subject}", series, **options)
+            made = chart(
+                f"c{number}-{len(found)}-{subject.replace(' ', '-')}", f"{stage}: {subject}", series, **options
+            )
             if made:
                 found.setdefault(subject, []).append(made)
     return found

@@ -13,13 +13,18 @@ from granvit.errors import UserError
 from granvit.eval.answers import read_answers, read_evaluation
 from granvit.eval.picture import read_metrics
 from granvit.eval.scores import Answer
-from granvit.eval.sources import Scenes, Shards, Source
+from granvit.eval.sources import Source, of_identity
 from granvit.recipe import Recipe, load
 from granvit.train.log import METRICS
 from granvit.train.run import MODEL, RESOLVED
 
 EVALUATION, BEFORE, PROBES = "evaluation", "before", "probes.json"
-_PARTS = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "language", "lm_head": "language"}
+_PARTS = {
+    "vision_tower": "vision",
+    "multi_modal_projector": "projector",
+    "language_model": "language",
+    "lm_head": "language",
+}
 
 
 class ReportError(UserError):
@@ -158,15 +163,10 @@ def sources_of(report: dict[str, Any]) -> dict[str, Source]:
     """The sources that an evaluation asked about, by name, those that are still there."""
     found: dict[str, Source] = {}
     for plain in report["config"]["sources"]:
-        if "scenes" in plain:
-            scenes = dict(plain["scenes"])
-            scenes["names"] = tuple(scenes.get("names") or ())
-            source: Source = Scenes(plain["count"], **scenes)
-        elif "shards" in plain and Path(plain["shards"]).is_dir():
-            source = Shards(plain["shards"])
-            if source.identity() != plain:
-                continue  # other images lie there now
-        else:
-            continue
-        found[source.name] = source
+        try:
+            source = of_identity(plain)
+        except UserError:
+            continue  # it is not there any more; the page says which pictures it lacks
+        if json.loads(json.dumps(source.identity())) == plain:
+            found[source.name] = source
     return found

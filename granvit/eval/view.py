@@ -19,7 +19,12 @@ def _several() -> None:
 
 @view.command()
 def attention(
-    tower: Annotated[str, typer.Argument(help="Folder of a model or a run, a recipe (.yaml: the tower before it trains), or a folder or hub name of transformers.")],
+    tower: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a model or a run, a recipe (.yaml: the tower before it trains), or a folder or hub name of transformers."
+        ),
+    ],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     query: Annotated[
         list[str] | None, typer.Option(help="x,y relative to the image, 0 to 1; may be repeated. Left out, the middle.")
@@ -71,7 +76,26 @@ def _layers(text: str, count: int) -> list[int]:
         raise typer.BadParameter(f"expected numbers or all, got {text!r}", param_hint="--layers") from None
     for number in numbers:
         if not 1 <= abs(number) <= count:
-            raise typer.BadParameter(
-                f"expected 1 to {count}, or -{count} to -1, got {number}", param_hint="--layers"
-            )
+            raise typer.BadParameter(f"expected 1 to {count}, or -{count} to -1, got {number}", param_hint="--layers")
     return [number if number > 0 else count + 1 + number for number in numbers]
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    output: Annotated[Path | None, typer.Option(help="The page; left out, report.html in the folder.")] = None,
+    attention: Annotated[bool, typer.Option(help="Load the towers and draw where they look.")] = True,
+) -> None:
+    """Write one page about a run: metrics before and after, curves, failures, cases, attention."""
+    from granvit.data.progress import progress_bar
+    from granvit.eval.report import write_report
+
+    with progress_bar() as bar:
+        task = bar.add_task("reading", total=None)
+        path = write_report(
+            run,
+            output,
+            attention=attention,
+            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+        )
+    print(f"wrote {path}")
