@@ -1,4 +1,4 @@
-"""Where a token of a vision tower looks, and which tokens it is like: the rows of its maps that are asked for, no more."""
+"""Where a token of a vision tower looks, and which tokens it is like: only the rows that are asked for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def query_attention(
         A layer for each of `layers`, in their order.
 
     Raises:
-        TypeError, ValueError: as for ``vision_tokens``; a cell that is not in the grid; layer 0, which has no attention.
+        TypeError, ValueError: as for ``vision_tokens``; a cell outside the grid; layer 0, which attends to nothing.
     """
     numbers, grid, cells = _checked(tower, pixels, queries, layers)
     prefix = prefix_tokens(tower)

@@ -237,13 +237,14 @@ def _scale(looks: Sequence[Looked]) -> tuple[float, float]:
 def _overlay(panel: Axes, pixels: Any, values: Tensor, look: Looked, scale: tuple[float, float]) -> Any:
     """A map over the image in grey, cut at its edges."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
+    left, right, bottom, top = (edge - 0.5 for edge in look.extent)  # imshow's pixels are around whole numbers
     panel.imshow(grey, cmap="gray", vmin=0, vmax=255)
     shown = panel.imshow(
         values.numpy(),
         cmap=_COLOURS[look.unit],
         vmin=scale[0],
         vmax=scale[1],
-        extent=tuple(edge - 0.5 for edge in look.extent),  # imshow's pixels have their centres at whole numbers
+        extent=(left, right, bottom, top),
         alpha=_OPACITY,
         interpolation="nearest",
     )

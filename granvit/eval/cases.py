@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "right": "the words of a reference",
         "near": "half of the words (ROUGE-L of 0.5), or most of the letters",
         "another region": "the caption of another region of the same image",
+        "a box": "coordinates in place of words",
         "other words": "none of these",
         "nothing": "an empty answer",
     },
@@ -44,6 +46,7 @@ LEADING = {
     "question": "anls",
 }
 SHARES = ("exact_match", "accuracy_50", "accuracy_75", "no_box")  # metrics whose every value is 0 or 1
+_COORDINATES = re.compile(r"\s*[\[(]?\s*\d*\.?\d+\s*,\s*\d*\.?\d+\s*,")
 _MOST = 0.8  # of a box
 _LETTERS = 0.3  # that may differ of a near name
 _DEALT = 1000  # answers at most that are dealt to other questions
@@ -79,7 +82,7 @@ def outcome(answer: Answer, company: Sequence[Answer] = ()) -> str:
         return "another region"
     if rouge_l(answer.answer, answer.references) >= 0.5 or _spelt_like(answer):
         return "near"
-    return "other words"
+    return "a box" if _COORDINATES.match(answer.answer) else "other words"
 
 
 def _spelt_like(answer: Answer) -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granvit.errors import MissingDependencyError
+from granvit.eval.cases import best_typical_worst
+from granvit.eval.metrics import iou, rouge_l
 from granvit.eval.predict import Answered, Prediction
 
 if TYPE_CHECKING:
@@ -16,6 +18,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RIGHT, WRONG, TRUE = "#1a7f37", "#c6362c", "#ffd33d"
+
+
+def sorted_columns(answered: Sequence[Answered], task: str, count: int = 3) -> dict[str, list[Answered]]:
+    """Columns for :func:`draw_predictions`: the best, typical and worst answers of a task, one in a picture.
+
+    By IoU for Caption2Bbox, by ROUGE-L for other tasks; see :func:`granvit.eval.cases.best_typical_worst`.
+
+    Args:
+        answered: images and what was answered.
+        task: whose answers.
+        count: of each, at most.
+    """
+    found = [Answered(image.pixels, (one,)) for image in answered for one in image.predictions if one.pair.task == task]
+    columns = best_typical_worst([_worth(image.predictions[0]) for image in found], count)
+    return {name: [found[i] for i in numbers] for name, numbers in columns.items() if numbers}
+
+
+def _worth(prediction: Prediction) -> float:
+    if prediction.pair.task != "caption_to_bbox":
+        return rouge_l(prediction.answer, [prediction.pair.answer])
+    if prediction.box is None or prediction.pair.box is None:
+        return 0.0
+    return iou(prediction.box, prediction.pair.box)
 
 
 def draw_predictions(columns: Mapping[str, Sequence[Answered]], path: Path, *, title: str = "") -> None:

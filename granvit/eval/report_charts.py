@@ -31,7 +31,16 @@ class Series(NamedTuple):
     dots: bool = False
 
 
-def chart(name: str, title: str, series: Sequence[Series], *, y: str, log: bool = False, zero: bool = False) -> str:
+def chart(
+    name: str,
+    title: str,
+    series: Sequence[Series],
+    *,
+    y: str,
+    log: bool = False,
+    zero: bool = False,
+    grounded: bool = False,
+) -> str:
     """A chart as a figure of HTML; "" where no series has a point.
 
     Args:
@@ -39,8 +48,9 @@ def chart(name: str, title: str, series: Sequence[Series], *, y: str, log: bool 
         title: over it, and what a screen reader says with the first and last value of each series.
         series: drawn in this order.
         y: name of the axis.
-        log: logarithmic y.
+        log: logarithmic y, where values span more than a decade.
         zero: a line at 0.
+        grounded: y begins at 0.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -61,8 +71,13 @@ def chart(name: str, title: str, series: Sequence[Series], *, y: str, log: bool 
             panel.plot(x, [point[1] for point in one.points], color=colour, label=one.label, linewidth=1.7, **style)
         if zero:
             panel.axhline(0, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        if log and all(value > 0 for one in series for _, value in one.points):
+        values = [value for one in series for _, value in one.points]
+        if log and min(values) > 0 and max(values) / min(values) > 10:
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("")
+        if grounded:
+            panel.set_ylim(bottom=0)
         panel.set(xlabel="step", ylabel=y)
         panel.grid(visible=True, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
@@ -70,7 +85,8 @@ def chart(name: str, title: str, series: Sequence[Series], *, y: str, log: bool 
             figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{_svg(file.getvalue(), name, title, series)}</figure>'
+    drawn = _svg(file.getvalue(), name, title, series)
+    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{drawn}</figure>'
 
 
 def _svg(text: str, name: str, title: str, series: Sequence[Series]) -> str:
@@ -96,7 +112,8 @@ def run_charts(metrics: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> d
             )
             if made:
                 found.setdefault(subject, []).append(made)
-    return found
+    order = list(_subjects([]))  # a stage that lacks one must not move it behind the others
+    return {subject: found[subject] for subject in order if subject in found}
 
 
 def _subjects(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[Series], dict[str, Any]]]:
@@ -122,7 +139,7 @@ def _subjects(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[Series
         "distillation by box size": (distilled, {"y": "loss", "log": True}),
         "what the wrong image costs": (gap, {"y": "loss", "zero": True}),
         "learning rate": ([of("learning_rate", "learning rate")], {"y": "learning rate"}),
-        "throughput": ([of("images_per_second", "images a second")], {"y": "images / s"}),
+        "throughput": ([of("images_per_second", "images a second")], {"y": "images / s", "grounded": True}),
     }
 
 

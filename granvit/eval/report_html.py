@@ -51,7 +51,7 @@ def explained(name: str, meaning: str) -> str:
 def number(value: float | None, interval: tuple[float, float] | None = None) -> str:
     """A value of a metric, with its interval below."""
     if value is None:
-        return '<span class="none">–</span>'
+        return '<span class="none">&ndash;</span>'
     return f"{value:.3f}" + (f"<small>{interval[0]:.3f} to {interval[1]:.3f}</small>" if interval else "")
 
 
@@ -75,6 +75,15 @@ def jpeg(pixels: Tensor) -> str:
     return data_url(file.getvalue(), "image/jpeg")
 
 
+def smaller(png: bytes) -> str:
+    """A drawing as a data URL, in a tenth of the bytes."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(file, "WEBP", quality=88, method=6)
+    return data_url(file.getvalue(), "image/webp")
+
+
 def data_url(data: bytes, kind: str) -> str:
     """Bytes as a URL that holds them."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
@@ -92,8 +101,11 @@ def case(answer: Answer, shown: Shown | None) -> str:
             f"<b>is</b> {escape(' / '.join(answer.references))}",
             f"<b>said</b> {escape(answer.answer or '(nothing)')}",
         ]
-    mark = ("right" if right else "wrong") + (f": {what}" if what not in ("", "right") else "")
-    lines.append(f'<span class="{"good" if right else "bad"}">{escape(mark)}</span>')
+    if what:
+        mark = "right" if right else f"wrong: {what}"
+        lines.append(f'<span class="{"good" if right else "bad"}">{escape(mark)}</span>')
+    else:  # a long text is more or less right
+        lines.append(f"ROUGE-L {worth['rouge_l']:.2f}")
     picture = '<p class="gone">the image is not there any more</p>'
     if shown is not None:
         pixels = shown_pixels(shown)

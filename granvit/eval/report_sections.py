@@ -15,7 +15,7 @@ from granvit.eval.cases import LEADING, OUTCOMES, best_typical_worst, dealt, int
 from granvit.eval.features import Tower
 from granvit.eval.opening import of_recipe, open_tower
 from granvit.eval.report_charts import run_charts
-from granvit.eval.report_html import case, data_url, explained, number, section, shown_pixels, table
+from granvit.eval.report_html import case, explained, number, section, shown_pixels, smaller, table
 from granvit.eval.report_run import BEFORE, Evaluated, Run, sources_of
 from granvit.eval.scores import HEADINGS, score
 from granvit.recipe import DataSource, Stage, to_yaml
@@ -46,8 +46,15 @@ _CHARTS = {
     "learning rate": "The peak is the recipe's.",
     "throughput": "Images a second of training, evaluation left out.",
 }
-_GROUPS = {"size": "box size", "kind": "kind of image", "regions": "regions in the image", "covered": "share of the "
-           "box under another box", "prompt": "how the question names the region", "source": "source", "split": "split"}  # fmt: skip
+_GROUPS = {
+    "size": "box size",
+    "kind": "kind of image",
+    "regions": "regions in the image",
+    "covered": "share of the box under another box",
+    "prompt": "how the question names the region",
+}
+# Of groups that are no names.
+_ORDER = ("small", "medium", "large", "1", "2-4", "5-9", "10+", "none", "below half", "half or more")
 _SHOWN = 4  # cases of each sort
 _POINTS = 3  # regions that attention is shown of
 
@@ -61,7 +68,7 @@ def stages(run: Run) -> str:
 def sentence(stage: Stage) -> str:
     """What a stage does."""
     how_long = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
-    parts = _listed(["box and region prompts" if part == "prompts" else part for part in stage.train])
+    parts = _listed(["region prompts" if part == "prompts" else part for part in stage.train])
     if stage.objective == "contrastive":
         what = "region features learn to match the words of their captions and no others"
     else:
@@ -92,7 +99,10 @@ def losses(run: Run) -> str:
     if not rows:
         return ""
     columns = ("stage", "before", "after", "with the wrong image", "the image is worth")
-    about = "Mean loss of held-out answers, in nats a token. What a model scores that ignores the image is the loss with the wrong image: chance level here."  # noqa: E501
+    about = (
+        "Mean loss of held-out answers; of captions in nats a token. A model that ignores the image scores the same "
+        "with the wrong one, which is chance level here."
+    )
     return section("losses", "Held-out loss", table("before and after each stage", columns, rows), about=about)
 
 
@@ -159,11 +169,12 @@ def breakdown(run: Run) -> str:
             if len(groups) < 2:
                 continue
             rows = []
-            for group in sorted(groups, key=lambda x: ({"small": 0, "medium": 1, "large": 2}.get(x, 3), x)):
+            for group in sorted(groups, key=lambda x: (_ORDER.index(x) if x in _ORDER else len(_ORDER), x)):
                 each = [one.report["metrics"][task]["by"].get(dimension, {}).get(group, {}) for one in having]
                 rows.append([escape(group), f"{groups[group]['count']:,}", *(number(x.get(metric)) for x in each)])
-            caption = f"{TASK_NAMES.get(task, task).partition(':')[0]}, {HEADINGS[metric]} by {_GROUPS.get(dimension, dimension)}"
-            parts.append(table(caption, [_GROUPS.get(dimension, dimension), "answers", *map(_title, having)], rows))
+            named = _GROUPS.get(dimension, dimension)
+            caption = f"{TASK_NAMES.get(task, task).partition(':')[0]}, {HEADINGS[metric]} by {named}"
+            parts.append(table(caption, [named, "answers", *map(_title, having)], rows))
     return section("breakdown", "By size, kind and crowding", *parts)
 
 
@@ -231,7 +242,9 @@ def cases(run: Run) -> str:
             if shown:
                 title = f"{TASK_NAMES[task].partition(':')[0]}, {sort}, {_title(last)}"
                 parts.append(f'<h3>{escape(title)}</h3><div class="cases">{"".join(shown)}</div>')
-    about = "The true box is dashed, the found one solid. Best, median and worst by ROUGE-L, IoU or ANLS; among equals, drawn."
+    about = (
+        "The true box is dashed, the found one solid. Best, median and worst by ROUGE-L, IoU or ANLS; equals are drawn."
+    )
     return section("cases", "Cases", *parts, about=about)
 
 
@@ -252,10 +265,11 @@ def attention(run: Run, layer: int = -1) -> str:
             looks = [look(x, pixels, points, title=x.name, layers=(layer,), similarity=similar) for x in towers]
             file = io.BytesIO()
             draw_looks(pixels, looks, file)
-            text = f"{what} of the tokens in the middle of {names}, {', then '.join(x.name for x in towers)}"
+            picture = smaller(file.getvalue())
+            text = f"{what} of the tokens in the middle of {names}; rows: {', '.join(x.name for x in towers)}"
             parts.append(
                 f'<figure class="look"><figcaption>{escape(text)}</figcaption>'
-                f'<img src="{data_url(file.getvalue(), "image/png")}" alt="{escape(text)}"></figure>'
+                f'<img src="{picture}" alt="{escape(text)}"></figure>'
             )
     about = (
         "Maps of the last layer, heads averaged, on one scale. Attention alone says little in towers that keep notes "
@@ -313,9 +327,14 @@ def facts(run: Run, counts: dict[str, int]) -> list[tuple[str, str]]:
         ("parameters", f"{total / 1e6:,.2f} M ({by_part})" if total else "not known: no stage is finished"),
         ("evaluated", made.get("date", "not yet")),
         ("machine", made.get("device") or "not recorded"),
-        ("commit", made.get("commit") or "not recorded"),
+        ("commit", _short(made.get("commit")) or "not recorded"),
         (
             "versions",
             ", ".join(f"{x} {made[x]}" for x in ("granvit", "torch", "transformers") if made.get(x)) or "not recorded",
         ),
     ]
+
+
+def _short(commit: str | None) -> str:
+    name, dash, dirty = (commit or "").partition("-")
+    return name[:12] + dash + dirty

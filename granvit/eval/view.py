@@ -22,7 +22,7 @@ def attention(
     tower: Annotated[
         str,
         typer.Argument(
-            help="Folder of a model or a run, a recipe (.yaml: the tower before it trains), or a folder or hub name of transformers."
+            help="Folder of a model or a run, a recipe (.yaml: before it trains), or a tower of transformers."
         ),
     ],
     image: Annotated[Path, typer.Argument(help="An image file.")],

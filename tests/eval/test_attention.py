@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
+from granvit.cli import app
 from granvit.eval.attention import query_attention, query_similarity
-from granvit.model.tower import grid_of, prefix_tokens, vision_tokens
+from granvit.eval.attention_picture import LookError, draw_looks, look
+from granvit.eval.features import Tower
+from granvit.geometry import BoxTransform
+from granvit.model.tower import grid_of, normalise, prefix_tokens, vision_tokens
+from tests.eval.support import save_model
 from tests.model.test_tower import KINDS, small
 
 
@@ -112,3 +121,106 @@ def test_wrong_arguments():
         query_attention(tower, pixels, [(0, 0)], (4,))
     with pytest.raises(ValueError, match="one frame"):
         query_attention(tower, pixels.expand(2, -1, -1, -1), [(0, 0)])
+
+
+def opened(kind: str = "siglip", **options: object) -> Tower:
+    return Tower("tiny", small(kind, **options), (0.5,) * 3, (0.5,) * 3, 64)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 100), (90, 30), (33, 77)])
+def test_maps_lie_where_the_tower_saw_the_image(height, width):
+    """A patch of the frame, cut out of it by torch, is where the extent says."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    found = look(opened(), image, [(0.5, 0.5)], title="t")
+    left, right, bottom, top = found.extent
+    zoom = 64 / max(height, width)
+    inner_height, inner_width = round(height * zoom), round(width * zoom)
+    above, before = (64 - inner_height) // 2, (64 - inner_width) // 2
+    # Column and row of the frame, each at the edges of the grid.
+    for edge, offset, inner, side, at in (
+        (left, before, inner_width, width, 0),
+        (right, before, inner_width, width, 64),
+        (top, above, inner_height, height, 0),
+        (bottom, above, inner_height, height, 64),
+    ):
+        assert edge == pytest.approx((at - offset) / inner * side)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 100), (90, 30)])
+def test_a_point_of_the_image_is_the_query_of_its_patch(size):
+    tower = opened()
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    point = (random.random(), random.random())
+    found = look(tower, image, [point], title="t", similarity=True)
+    left, right, bottom, top = found.extent
+    x, y = point[0] * size[1], point[1] * size[0]
+    column, row = int((x - left) / (right - left) * 4), int((y - top) / (bottom - top) * 4)
+    assert found.maps[0, row, column] == pytest.approx(1.0, abs=1e-5)
+    frame = BoxTransform.letterbox(size, (64, 64)).pixels(image)
+    pixels = normalise(frame[None], tower.mean, tower.std, torch.float32)
+    attention = query_attention(tower.module, pixels, [(row, column)])
+    assert torch.equal(look(tower, image, [point], title="t").maps[0], attention.patches[0].mean(0)[0])
+
+
+def test_what_is_not_on_the_picture_is_said():
+    wide = torch.full((3, 16, 64), 200, dtype=torch.uint8)
+    found = look(opened("clip"), wide, [(0.5, 0.5)], title="t")
+    # Of the four rows of patches, the image is in the two in the middle.
+    outside = float(found.maps[0, [0, 3]].sum())
+    prefix = 1 - float(found.maps.sum())
+    assert found.captions == (f"query 1\nclass, registers {prefix:.0%}, black frame {outside:.0%}",)
+    square = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+    assert look(opened(), square, [(0.5, 0.5)], title="t").captions == ("query 1",)
+
+
+def test_pictures_of_points_layers_and_heads(tmp_path):
+    image = torch.randint(0, 256, (3, 48, 80), dtype=torch.uint8)
+    tower = opened("dinov3")
+    two = [look(tower, image, [(0.2, 0.2), (1.0, 1.0)], title=title) for title in ("before", "after")]
+    layers = look(tower, image, [(0.2, 0.2)], title="t", layers=(1, 2, 3))
+    heads = look(tower, image, [(0.2, 0.2)], title="t", heads=True)
+    assert [x.partition("\n")[0] for x in layers.captions] == ["layer 1", "layer 2", "layer 3"]
+    assert [x.partition("\n")[0] for x in heads.captions] == ["head 1", "head 2", "head 3"]
+    for i, looks in enumerate((two, [layers], [heads])):
+        draw_looks(image, looks, tmp_path / "new" / f"{i}.png", title="all")
+        with Image.open(tmp_path / "new" / f"{i}.png") as picture:
+            picture.load()
+            assert len(set(picture.convert("L").tobytes())) > 100
+    for options in ({"layers": (1, 2)}, {"heads": True}):
+        with pytest.raises(LookError, match="query: expected one point"):
+            look(tower, image, [(0, 0), (1, 1)], title="t", **options)
+    with pytest.raises(LookError, match="heads: expected attention of one layer"):
+        look(tower, image, [(0, 0)], title="t", heads=True, similarity=True)
+    with pytest.raises(LookError, match="0 to 1, got 1.5,0"):
+        look(tower, image, [(1.5, 0)], title="t")
+    (tmp_path / "file").touch()
+    with pytest.raises(LookError, match="file"):
+        draw_looks(image, two, tmp_path / "file" / "x.png")
+
+
+def test_the_command(tmp_path):
+    small("dinov2_registers").save_pretrained(tmp_path / "dino")
+    save_model(tmp_path / "ours")
+    Image.fromarray(np.random.default_rng().integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "i.jpg")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["view", "attention", *map(str, arguments)])
+        return result.exit_code, result.output + str(result.exception or "")
+
+    image, out = tmp_path / "i.jpg", tmp_path / "out.png"
+    for name, options in (("dino", ("--layers", "all")), ("ours", ("--query", "0.1,0.9", "--query", "0.5,0.5"))):
+        before = ("--before", tmp_path / name) if name == "ours" else ()
+        code, said = run(tmp_path / name, image, *options, *before, "--output", out)
+        assert (code, out.exists()) == (0, True), said
+        out.unlink()
+    assert run(tmp_path / "dino", image, "--feature-similarity", "--layer", "2", "--output", out)[0] == 0
+    for options, message in (
+        (("--query", "a"), "expected x,y such as"),
+        (("--layers", "4"), "expected 1 to 3"),
+        (("--layers", "some"), "expected numbers or all"),
+    ):
+        code, said = run(tmp_path / "dino", image, *options)
+        assert code != 0
+        assert message in said
+    assert "No such file" in run(tmp_path / "dino", tmp_path / "none.png")[1]
+    assert "no such folder" in run(tmp_path / "nowhere", image)[1]
