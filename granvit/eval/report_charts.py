@@ -60,6 +60,7 @@ def chart(
         return ""
     figure = new_figure(*_SIZE)
     import matplotlib as mpl
+    from matplotlib.ticker import LogLocator
 
     theme = {"text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
     theme |= {"axes.edgecolor": _LINE, "grid.color": _LINE, "svg.fonttype": "none", "svg.hashsalt": name}
@@ -74,6 +75,7 @@ def chart(
         values = [value for one in series for _, value in one.points]
         if log and min(values) > 0 and max(values) / min(values) > 10:
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("")
         if grounded:

@@ -150,16 +150,16 @@ def test_maps_lie_where_the_tower_saw_the_image(height, width):
 def test_a_point_of_the_image_is_the_query_of_its_patch(size):
     tower = opened()
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    point = (random.random(), random.random())
-    found = look(tower, image, [point], title="t", similarity=True)
-    left, right, bottom, top = found.extent
-    x, y = point[0] * size[1], point[1] * size[0]
-    column, row = int((x - left) / (right - left) * 4), int((y - top) / (bottom - top) * 4)
-    assert found.maps[0, row, column] == pytest.approx(1.0, abs=1e-5)
     frame = BoxTransform.letterbox(size, (64, 64)).pixels(image)
     pixels = normalise(frame[None], tower.mean, tower.std, torch.float32)
-    attention = query_attention(tower.module, pixels, [(row, column)])
-    assert torch.equal(look(tower, image, [point], title="t").maps[0], attention.patches[0].mean(0)[0])
+    for point in ((0.03, 0.04), (0.97, 0.96), (0.04, 0.97), (random.random(), random.random())):
+        found = look(tower, image, [point], title="t", similarity=True)
+        left, right, bottom, top = found.extent
+        x, y = point[0] * size[1], point[1] * size[0]
+        column, row = int((x - left) / (right - left) * 4), int((y - top) / (bottom - top) * 4)
+        assert found.maps[0, row, column] == pytest.approx(1.0, abs=1e-5)
+        attention = query_attention(tower.module, pixels, [(row, column)])
+        assert torch.equal(look(tower, image, [point], title="t").maps[0], attention.patches[0].mean(0)[0])
 
 
 def test_what_is_not_on_the_picture_is_said():
