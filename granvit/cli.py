@@ -92,12 +92,57 @@ def train(
     loaded = load(recipe, overrides or ())
     if plan:
         from granvit.train import plan as planning
+        from granvit.train.devices import device as device_of
 
-        print(planning.render(planning.plan(loaded, planning.device(device), ranks)))
+        print(planning.render(planning.plan(loaded, device_of(device), ranks)))
         return
     from granvit.train.run import run
 
     raise typer.Exit(run(loaded, overwrite=overwrite))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A model (out/RUN/STAGE/model), or a run (out/RUN): its last finished stage.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="llava: a folder for plain transformers and vLLM. vision: the tower alone. "
+            "region-head: region or box prompt with the projector, read by granvit.export.load_region_head."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; left out, named after --to, beside the model.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; left out, the run's, or float32 for a model without a run.")
+    ] = None,
+    timm: Annotated[bool, typer.Option("--timm", help="With --to vision: also one for timm, in OUTPUT/timm.")] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="Identifier of the Hugging Face hub for the card, such as mit."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare with the model, in plain libraries; exit 1 if they differ."),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a trained model so that it is used without granvit, with a model card."""
+    from granvit.export.run import export as run
+
+    run(
+        checkpoint,
+        to,
+        output=output,
+        dtype=dtype,
+        timm=timm,
+        licence=licence,
+        verify=verify,
+        overwrite=overwrite,
+    )
 
 
 @app.callback()

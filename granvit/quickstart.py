@@ -111,7 +111,8 @@ def _answers(recipe: Recipe, stage: Stage, folder: Path) -> list[Any]:
     from granvit.eval.predict import predict
     from granvit.model import checkpoint
     from granvit.model.prompts import Prompts
-    from granvit.train.run import MODEL, heldout_samples
+    from granvit.train.checkpoints import MODEL
+    from granvit.train.run import heldout_samples
 
     loaded = checkpoint.load(folder / stage.name / MODEL)
     samples = heldout_samples(recipe, stage, _ASKED)

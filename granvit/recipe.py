@@ -127,7 +127,7 @@ class DataSource:
     Attributes:
         scenes: composed while training.
         shards: folder that ``granvit data`` wrote.
-        llava: JSON file of conversations, as LLaVA has them.
+        llava: JSON file of conversations, as LLaVA has them; see :class:`granvit.data.conversations.Conversations`.
         images: folder that the paths in `llava` start from.
         weight: how often it is drawn from, relative to the others; left out everywhere, by number of samples.
     """
@@ -156,7 +156,7 @@ class Data:
         heldout: sources for the evaluation, each read whole.
         max_length: tokens of a sequence row; an image whose questions need more loses some, and they are counted.
         workers: processes that read and prepare, of each rank.
-        flip: share of the images that are mirrored, boxes with them.
+        flip: share of the images that are mirrored, boxes with them; not where there is text, and no conversations.
         tiles: most tiles beside the overview with which a large image is shown; 0 is the overview alone.
     """
 

@@ -1,4 +1,4 @@
-"""Encoded images to RGB pixels: upright, no larger than needed, and one sentence for a file that cannot be read."""
+"""Encoded images to RGB pixels and frames: upright, no larger than needed, one sentence for what cannot be read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,14 +99,89 @@ def frame(
     Raises:
         ImageError, ValueError: as for :func:`decode`.
     """
-    image, shown, orientation = _loaded(data, size, name)
-    upright = _upright(image, orientation)
-    pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    transform = BoxTransform.letterbox(shown, size)
-    if flip:
-        transform = transform.then(BoxTransform.flip(size))
-    # What was decoded may be smaller than the file, but shows all of it: relative places are the same.
-    return replace(transform, source=(upright.height, upright.width)).pixels(pixels), transform
+    pixels, transform = frames(data, size, 0, flip=flip, name=name)
+    return pixels[0], transform
+
+
+def frames(
+    data: bytes, size: tuple[int, int], tiles: int, *, flip: bool = False, name: str = "image"
+) -> tuple[Tensor, BoxTransform]:
+    """An image as :func:`frame` shows it, and its tiles, where it has more to show than one frame.
+
+    Args:
+        data: the encoded file.
+        size: ``(height, width)`` of every frame in pixels.
+        tiles: as many at most; see :func:`tile_grid`.
+        flip: exchange left and right.
+        name: what an error calls it.
+
+    Returns:
+        uint8 ``(frames, 3, height, width)``, RGB, as of :func:`tiled`, and the transform for boxes, which leads to the
+        first frame. The overview of an image with tiles is made of the pixels that they are made of.
+
+    Raises:
+        ImageError, ValueError: as for :func:`decode`.
+    """
+    grid = tile_grid(size_as_shown(data, name), size, tiles) if tiles > 1 else (1, 1)
+    image, shown, orientation = _loaded(data, (grid[0] * size[0], grid[1] * size[1]), name)
+    pixels = torch.from_numpy(np.array(_upright(image, orientation))).permute(2, 0, 1)
+    return tiled(pixels, shown, size, grid, flip=flip)
+
+
+def tiled(
+    pixels: Tensor, shown: tuple[int, int], size: tuple[int, int], grid: tuple[int, int], *, flip: bool = False
+) -> tuple[Tensor, BoxTransform]:
+    """An overview, and the tiles of a grid.
+
+    The tiles are those of the whole image as large as fits, in the middle of a black canvas of the grid's size: they
+    meet without a gap or an overlap.
+
+    Args:
+        pixels: uint8 ``(3, h, w)``, all of the image.
+        shown: ``(height, width)`` of the image in pixels, which may have been more.
+        size: of every frame.
+        grid: rows and columns of tiles; ``(1, 1)`` is the overview alone.
+        flip: exchange left and right, of the whole image.
+
+    Returns:
+        uint8 ``(frames, 3, height, width)``: the overview, then the tiles row by row; and the transform for boxes of
+        the image, to the overview.
+    """
+    source = (pixels.shape[1], pixels.shape[2])
+
+    def placed(target: tuple[int, int]) -> BoxTransform:
+        transform = BoxTransform.letterbox(shown, target)
+        return transform.then(BoxTransform.flip(target)) if flip else transform
+
+    overview = placed(size)
+    # What was decoded may be smaller than the image, but shows all of it: relative places are the same.
+    made = [replace(overview, source=source).pixels(pixels)]
+    if grid != (1, 1):
+        canvas = (grid[0] * size[0], grid[1] * size[1])
+        large = replace(placed(canvas), source=source).pixels(pixels)
+        made += [tile.pixels(large) for tile in BoxTransform.tiles(canvas, size)]
+    return torch.stack(made), overview
+
+
+def tile_grid(shown: tuple[int, int], size: tuple[int, int], tiles: int) -> tuple[int, int]:
+    """Rows and columns of tiles in which an image keeps most of its pixels, and of such grids the one of fewest tiles.
+
+    That is the choice of LLaVA-NeXT (``select_best_resolution``) among all grids. An image that is no larger than a
+    frame needs one tile, and so does one whose shape no grid suits better: the overview.
+
+    Args:
+        shown: ``(height, width)`` of the image in pixels.
+        size: ``(height, width)`` of a tile.
+        tiles: in the grid, at most; 0 and 1 are the overview alone.
+    """
+    grids = [(rows, columns) for rows in range(1, tiles + 1) for columns in range(1, tiles // rows + 1)]
+
+    def rank(grid: tuple[int, int]) -> tuple[Fraction, int]:
+        # Fractions, because grids are often equally good, and the last bit must not choose the larger one.
+        zoom = min(Fraction(n * side, length) for n, side, length in zip(grid, size, shown, strict=True))
+        return min(zoom, Fraction(1)), -grid[0] * grid[1]
+
+    return max(grids, key=rank, default=(1, 1))
 
 
 def _loaded(data: bytes, fit: tuple[int, int] | None, name: str) -> tuple[Image, tuple[int, int], int]:

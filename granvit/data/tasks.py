@@ -24,14 +24,15 @@ class TaskError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One question and its answer.
+    """One question and its answer, or a whole conversation, whose later turns see the earlier ones.
 
     Attributes:
-        task: one of :data:`TASKS`.
+        task: one of :data:`TASKS`, or ``chat`` for what nobody asked for this model.
         question: what is asked.
         answer: what the model is to say.
         region: index of the region in its record; None for the whole image.
         box: of the region, relative to the image; None for the whole image.
+        later: the questions and answers of a conversation after the first.
     """
 
     task: str
@@ -39,6 +40,11 @@ class Pair:
     answer: str
     region: int | None = None
     box: tuple[float, float, float, float] | None = None
+    later: tuple[tuple[str, str], ...] = ()
+
+    def said(self) -> tuple[str, ...]:
+        """What the user and the assistant say, in turns."""
+        return (self.question, self.answer, *(text for turn in self.later for text in turn))
 
 
 class Asked(NamedTuple):

@@ -34,12 +34,17 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     Raises:
         MissingDependencyError: rouge-score is not installed.
     """
-    scorer = _scorer()
+    scorer = rouge_scorer()
     return float(max((scorer.score(x, answer)["rougeL"].fmeasure for x in references), default=0.0))
 
 
 @cache
-def _scorer() -> Any:
+def rouge_scorer() -> Any:
+    """What computes ROUGE-L.
+
+    Raises:
+        MissingDependencyError: rouge-score is not installed.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:

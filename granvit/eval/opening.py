@@ -18,7 +18,7 @@ from granvit.model.checkpoint import SETTINGS
 from granvit.model.checkpoint import load as load_checkpoint
 from granvit.recipe import Recipe, Stage, load
 from granvit.recipe import Source as PartSource
-from granvit.train.run import MODEL, RESOLVED
+from granvit.train.checkpoints import MODEL, RESOLVED
 
 SCENES = 200  # where nobody says how many
 

@@ -43,7 +43,7 @@ class Answered:
     """An image and what was asked about it.
 
     Attributes:
-        pixels: uint8 ``(3, H, W)``.
+        pixels: uint8 ``(3, H, W)``, the first frame.
         predictions: in the order of the questions.
     """
 
@@ -66,7 +66,7 @@ def predict(
     Args:
         model: left in the mode that it was in.
         prompts: the tokens of its language model.
-        samples: of one frame each.
+        samples: of one frame each, or with its tiles, but not of text alone.
         style: in which boxes are written, see :data:`granvit.geometry.BOX_STYLES`.
         max_new_tokens: of an answer, at most.
         batch_size: questions at a time.
@@ -84,6 +84,7 @@ def predict(
             pixels.to(device),
             [[pair.question for pair in sample.pairs] for sample in samples],
             [[pair.box for pair in sample.pairs] for sample in samples],
+            frames=[len(sample.pixels) for sample in samples],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )

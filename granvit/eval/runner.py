@@ -15,6 +15,7 @@ import torch
 
 from granvit.errors import UserError
 from granvit.eval.answers import AnswerFile, read_evaluation, write_evaluation
+from granvit.eval.metrics import rouge_scorer
 from granvit.eval.predict import predict
 from granvit.eval.provenance import device_name, versions
 from granvit.eval.questions import QUESTION, Asked, Asking, SettingsError, ask, back
@@ -122,6 +123,8 @@ def _check(sources: Sequence[Source], numbers: Sequence[Sequence[int]], settings
         if len(own) < 1 + settings.wrong_image:
             needed = "two images, to show the wrong one of" if settings.wrong_image else "at least one image"
             raise SettingsError(f"{source.name}: expected {needed}, got {len(own)}")
+    if not all(source.asks for source in sources) and set(settings.asking.tasks) - {"caption_to_bbox"}:
+        rouge_scorer()  # what is missing is to be known before anything is answered
 
 
 def _config(model: str, sources: Sequence[Source], settings: Settings) -> dict[str, Any]:

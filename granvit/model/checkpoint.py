@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from granvit.errors import UserError, why_not_written
 from granvit.model.granvit import GranViT
+from granvit.model.processor import processor_of
 
 SETTINGS, HEADS = "granvit.json", "granvit.safetensors"
 
@@ -46,7 +47,7 @@ def save(
     folder: str | Path,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a folder that transformers loads as LLaVA; what LLaVA has no place for lies beside it.
+    """Writes a folder that transformers loads as LLaVA, with its processor; what LLaVA has no place for lies beside it.
 
     Args:
         model: to write.
@@ -68,7 +69,9 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.llava.save_pretrained(partial, state_dict=llava)
-        tokenizer.save_pretrained(partial)
+        processor = processor_of(model, tokenizer, image_size)
+        processor.save_pretrained(partial)  # with the tokenizer
+        processor.image_processor.save_pretrained(partial)  # alone too, where older readers and converters look
         safetensors.torch.save_file(heads, partial / HEADS)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)

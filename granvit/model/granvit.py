@@ -118,7 +118,7 @@ class GranViT(nn.Module):
             batch: on the device of the model.
             wrong_image: every question sees the next image of the batch in place of its own, in the prefix and under
                 its ``<region>``. What that costs is the proof that images are used. Where the next image has fewer
-                frames they are repeated, where it has more the last ones are left out.
+                frames they are repeated, where it has more the last ones are left out. Text alone stays as it is.
             items: what to divide the sum of the losses by, in place of the number of supervised tokens in this batch.
 
         Raises:
@@ -178,11 +178,12 @@ class GranViT(nn.Module):
 
         Args:
             prompts: the tokens of the questions.
-            pixels: uint8 ``(F, 3, H, W)``, on the device of the model.
+            pixels: uint8 ``(F, 3, H, W)``, on the device of the model; of an image with tiles the overview first, as
+                :func:`granvit.data.images.frames` makes them.
             questions: of each image, any number; each holds at most one kind of ``<box>`` and ``<region>``.
             boxes: of each question, ``x0 y0 x1 y1`` relative to its frame; None for a question without ``<box>`` and
                 ``<region>``. Left out, none has one.
-            frames: of each image, how many; by default one.
+            frames: of each image, how many, 0 for questions without an image; by default one.
             box_frames: of each question, which of its image's frames its box is relative to; by default the first.
             batch_size: questions at a time.
             max_new_tokens: of an answer, at most.
@@ -197,7 +198,9 @@ class GranViT(nn.Module):
                 or prompts that the model was not made for.
         """
         asked = _questions(questions, boxes, frames, box_frames, len(pixels))
-        ids = prompts.encode_questions([question.text for question in asked])
+        ids = prompts.encode_questions(
+            [question.text for question in asked], [len(question.frames) > 0 for question in asked]
+        )
         for question, tokens in zip(asked, ids, strict=True):
             self._check_question(question, tokens, prompts)
         seen, _ = self._see(pixels)
@@ -242,10 +245,15 @@ class GranViT(nn.Module):
         return pooled
 
     def _see(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The vision tokens of frames, and their grid."""
+        """The vision tokens of frames, and their grid.
+
+        Without a frame the tower runs on a black one, of which nothing is kept: a stock tower takes no empty batch, a
+        sharded one runs on every rank, and DDP waits for a gradient of everything that trains.
+        """
         tower = self.llava.model.vision_tower
-        normal = normalise(pixels, self.mean, self.std, tower.dtype)
-        tokens = vision_tokens(tower, normal, self.llava.config.vision_feature_layer)
+        shown = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
+        normal = normalise(shown, self.mean, self.std, tower.dtype)
+        tokens = vision_tokens(tower, normal, self.llava.config.vision_feature_layer)[: len(pixels)]
         return tokens, grid_of(tower, (pixels.shape[-2], pixels.shape[-1]))
 
     def _embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
@@ -279,9 +287,9 @@ class GranViT(nn.Module):
         """Embeddings ``(B, L, D)`` and attention mask of questions, with padding in front."""
         rows = []
         for question, tokens in zip(asked, ids, strict=True):
-            place = tokens.index(prompts.image_id)
+            # <image> stands once, or not at all.
             images = [prompts.image_id] * (len(question.frames) * seen.shape[1])
-            rows.append(tokens[:place] + images + tokens[place + 1 :])
+            rows.append([i for token in tokens for i in (images if token == prompts.image_id else [token])])
         length = max(map(len, rows))
         padded = torch.tensor([[prompts.pad_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -291,7 +299,9 @@ class GranViT(nn.Module):
         boxes = torch.tensor([question.box for question in of_place], dtype=torch.float32).reshape(-1, 4)
         index = torch.tensor([question.frames[question.box_frame] for question in of_place], dtype=torch.int64)
         device = seen.device
-        frames = torch.tensor([frame for question in asked for frame in question.frames], device=device)
+        frames = torch.tensor(
+            [frame for question in asked for frame in question.frames], dtype=torch.int64, device=device
+        )
         embeds = self._embed(padded.to(device), features[frames])
         embeds = self._insert(embeds, places.to(device), seen, boxes.to(device), index.to(device), size)
         return embeds, mask.to(device)
@@ -302,12 +312,12 @@ class GranViT(nn.Module):
             raise ValueError(f"GranViT: expected no <{kind}> from a model with prompt={self.prompt!r}, got one")
 
     def _check_question(self, question: _Question, ids: list[int], prompts: Prompts) -> None:
-        if ids.count(prompts.image_id) != 1:
+        if ids.count(prompts.image_id) != min(len(question.frames), 1):
             raise ValueError(f"generate: questions: expected no <image> in a question, got {question.text!r}")
         for kind, token in (("box", prompts.box_id), ("region", prompts.region_id)):
             if token in ids:
                 self._check_prompt(kind)
-                if question.box is None:
+                if question.box is None or not question.frames:
                     raise ValueError(f"generate: boxes: expected one for the question {question.text!r}, got none")
 
     @contextmanager
@@ -340,7 +350,7 @@ def _questions(
 ) -> list[_Question]:
     """All questions one after the other, each with what belongs to it."""
     frames = [1] * len(questions) if frames is None else frames
-    if len(frames) != len(questions) or sum(frames) != count or min(frames, default=1) < 1:
+    if len(frames) != len(questions) or sum(frames) != count or min(frames, default=0) < 0:
         raise ValueError(
             f"generate: questions, frames: expected a list of questions for each image of {count} frames, "
             f"got {len(questions)} lists for images of {list(frames)} frames"
@@ -355,7 +365,7 @@ def _questions(
     begin = 0
     for texts, own, own_frames, many in zip(questions, boxes, box_frames, frames, strict=True):
         for text, box, frame in zip(texts, own, own_frames, strict=True):
-            if not 0 <= frame < many:
+            if not 0 <= frame < max(many, 1):
                 raise ValueError(f"generate: box_frames: expected one of {many} frames, got {frame}")
             found.append(_Question(text, range(begin, begin + many), box, frame))
         begin += many
@@ -364,11 +374,12 @@ def _questions(
 
 def _next_frames(frames: Sequence[int], device: torch.device) -> Tensor:
     """For each frame the one of the next image that takes its place."""
-    if len(frames) < 2:
+    shown = [count for count in frames if count]
+    if len(shown) < 2:
         raise ValueError("GranViT: wrong_image: expected at least two images in the batch, got one")
-    starts = [sum(frames[:i]) for i in range(len(frames))]
+    starts = [sum(shown[:i]) for i in range(len(shown))]
     source = []
-    for i, count in enumerate(frames):
-        other = (i + 1) % len(frames)
-        source += [starts[other] + j % frames[other] for j in range(count)]
+    for i, count in enumerate(shown):
+        other = (i + 1) % len(shown)
+        source += [starts[other] + j % shown[other] for j in range(count)]
     return torch.tensor(source, device=device)

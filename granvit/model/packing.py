@@ -16,7 +16,7 @@ from granvit import packing
 from granvit.data.record import Region
 from granvit.data.tasks import Pair
 from granvit.errors import UserError
-from granvit.model.prompts import BOX, IMAGE, REGION, Encoded, Prompts, shared_length
+from granvit.model.prompts import BOX, IMAGE, REGION, SPECIAL, Encoded, Prompts, shared_length
 
 IGNORED = -100  # the label of a token after which nothing is supervised, as torch's cross entropy has it
 
@@ -27,7 +27,7 @@ class PackingError(UserError):
 
 @dataclass(frozen=True)
 class PairInfo:
-    """One question and answer of a batch, for reports.
+    """One question and answer, or one conversation, of a batch, for reports.
 
     Attributes:
         task: what was asked: ``global_caption``, ``bbox_to_caption``, ``caption_to_bbox`` or ``chat``.
@@ -47,9 +47,9 @@ class Sample:
     """One image as the model sees it, and what is asked about it.
 
     Attributes:
-        pixels: uint8 ``(frames, 3, H, W)``. One frame, or several tiles, which the language model sees one after the
-            other.
-        pairs: questions and answers; :attr:`granvit.data.tasks.Pair.region` is a row of `boxes`.
+        pixels: uint8 ``(frames, 3, H, W)``. One frame, or also its tiles, which the language model sees one after the
+            other: in a stock LLaVA that is ``<image>`` as many times. No frame is text alone.
+        pairs: questions and answers, or conversations; :attr:`granvit.data.tasks.Pair.region` is a row of `boxes`.
         boxes: ``(R, 4)`` float32, ``x0 y0 x1 y1`` relative to the frame; also of regions that nothing is asked about.
         frame: ``(R,)`` integer, which of the frames each box is relative to; None is the first.
         kind: of the record, ``natural`` or ``ocr``.
@@ -79,7 +79,7 @@ class PackedBatch:
         prompt_place: ``(P,)`` int64, flat place in S*L of each ``<box>`` or ``<region>`` token.
         prompt_region: ``(P,)`` int64, row of `boxes` that it stands for.
         pairs: of every question, in the order of the rows.
-        frames: of each image, how many.
+        frames: of each image, how many; 0 for text alone, which counts as an image and has no prefix.
         order: of each image, its position among the samples that were packed.
         tokens_per_frame: image tokens of a frame.
         prompt: what the places in `prompt_place` hold: ``"box"`` or ``"region"``; ``"text"`` where there are none.
@@ -141,7 +141,8 @@ def pack(
 
     Left out and counted in :attr:`PackedBatch.dropped` are pairs that find no room in a row behind their image and the
     pairs before them, and pairs whose text holds a token that stands for something else: ``<image>`` anywhere,
-    ``<box>`` or ``<region>`` in the answer. An image always stays, if need be without any pair.
+    ``<box>`` or ``<region>`` in an answer, or in the question of a ``chat`` about no region. An image always stays, if
+    need be without any pair. A conversation is one pair: it finds room whole or not at all.
 
     Args:
         samples: at least one; all frames of one size.
@@ -159,15 +160,17 @@ def pack(
     _check(samples, tokens_per_frame, max_length, pad_to_multiple_of)
     dropped: Counter[str] = Counter()
     asked = [[pair for pair in sample.pairs if not _reserved(pair, dropped)] for sample in samples]
-    encoded = iter(prompts.encode([(pair.question, pair.answer) for pairs in asked for pair in pairs]))
+    about = [len(sample.pixels) > 0 for sample, pairs in zip(samples, asked, strict=True) for _ in pairs]
+    encoded = iter(prompts.encode([pair.said() for pairs in asked for pair in pairs], about))
     sequences = []
     for sample, pairs in zip(samples, asked, strict=True):
         tokens = [next(encoded) for _ in pairs]
-        image_tokens = len(sample.pixels) * tokens_per_frame
-        sequences.append(_sequence(list(zip(pairs, tokens, strict=True)), prompts, image_tokens, max_length, dropped))
+        frames = len(sample.pixels)
+        paired = list(zip(pairs, tokens, strict=True))
+        sequences.append(_sequence(paired, prompts, frames, tokens_per_frame, max_length, dropped))
     lengths = [sequence.length() for sequence in sequences]
     rows = packing.pack(lengths, max_length)
-    longest = max(sum(lengths[i] for i in row) for row in rows)
+    longest = max(1, *(sum(lengths[i] for i in row) for row in rows))  # of text alone that was left out, nothing stays
     shape = (len(rows), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
     order = [i for row in rows for i in row]
     filled = _Rows(shape, prompts)
@@ -176,13 +179,13 @@ def pack(
         for i in members:
             filled.add_image(samples[i], sequences[i])
     ordered = [samples[i] for i in order]
-    frames = [len(sample.pixels) for sample in ordered]
-    offsets = np.cumsum([0, *frames])[:-1].tolist()
+    counts = [len(sample.pixels) for sample in ordered]
+    offsets = np.cumsum([0, *counts])[:-1].tolist()
     return PackedBatch(
         pixels=torch.cat([sample.pixels for sample in ordered]),
         boxes=torch.cat([sample.boxes.to(torch.float32) for sample in ordered]),
         image_index=torch.cat([_frame(sample) + offset for sample, offset in zip(ordered, offsets, strict=True)]),
-        frames=frames,
+        frames=counts,
         order=order,
         tokens_per_frame=tokens_per_frame,
         dropped=dict(dropped),
@@ -191,29 +194,41 @@ def pack(
 
 
 def _reserved(pair: Pair, dropped: Counter[str]) -> bool:
-    found = IMAGE in pair.question or any(token in pair.answer for token in (IMAGE, BOX, REGION))
+    said = pair.said()
+    foreign = pair.task == "chat" and pair.region is None  # nobody wrote its questions for these tokens
+    found = any(token in text for text in said[1:] for token in SPECIAL)
+    found = found or any(token in said[0] for token in (SPECIAL if foreign else (IMAGE,)))
     if found:
         dropped["special token in the text"] += 1
     return found
 
 
 def _sequence(
-    pairs: list[tuple[Pair, Encoded]], prompts: Prompts, image_tokens: int, max_length: int, dropped: Counter[str]
+    pairs: list[tuple[Pair, Encoded]],
+    prompts: Prompts,
+    frames: int,
+    tokens_per_frame: int,
+    max_length: int,
+    dropped: Counter[str],
 ) -> _Sequence:
-    """The prefix with its image tokens, and of each pair what follows the prefix."""
-    ids, shared = prompts.prefix, len(prompts.prefix)
-    if pairs:
-        ids, shared = pairs[0][1].ids, shared_length([tokens for _, tokens in pairs], shared)
-    place = ids.index(prompts.image_id)
-    prefix = ids[:place] + [prompts.image_id] * image_tokens + ids[place + 1 : shared]
+    """The prefix with its image tokens, none without an image, and of each pair what follows the prefix."""
+    prefix: list[int] = []
+    shared = 0
+    if frames:
+        ids, shared = prompts.prefix, len(prompts.prefix)
+        if pairs:
+            ids, shared = pairs[0][1].ids, shared_length([tokens for _, tokens in pairs], shared)
+        place = ids.index(prompts.image_id)
+        prefix = ids[:place] + [prompts.image_id] * (frames * tokens_per_frame) + ids[place + 1 : shared]
     if len(prefix) > max_length:
+        tiled = f" with {frames} frames" if frames > 1 else ""
         raise PackingError(
-            f"max_length: expected at least the {len(prefix)} tokens of an image's prefix, got {max_length}"
+            f"max_length: expected at least the {len(prefix)} tokens of an image's prefix{tiled}, got {max_length}"
         )
     kept = _Sequence(prefix, [])
     room = max_length - len(prefix)
     for pair, tokens in pairs:
-        rest = Encoded(tokens.ids[shared:], -1, tokens.start - shared, tokens.stop - shared)
+        rest = Encoded(tokens.ids[shared:], None, tuple((a - shared, b - shared) for a, b in tokens.spans))
         if len(rest.ids) > room:
             dropped["longer than the row"] += 1
             continue
@@ -248,9 +263,9 @@ class _Rows:
             self.pairs.append(PairInfo(pair.task, size, sample.kind, region))
             begin = self._used
             self._write(tokens.ids, len(sequence.prefix), len(self.pairs))
-            # The token before each token of the answer is the one that has to foretell it.
-            answer = tokens.ids[tokens.start : tokens.stop]
-            self.labels[self._row, begin + tokens.start - 1 : begin + tokens.stop - 1] = answer
+            # The token before each token of an answer is the one that has to foretell it.
+            for start, stop in tokens.spans:
+                self.labels[self._row, begin + start - 1 : begin + stop - 1] = tokens.ids[start:stop]
             for i, token in enumerate(tokens.ids):
                 if token in self._placeholders:
                     self._prompt(pair, token, begin + i, region)
@@ -307,7 +322,7 @@ def _check(samples: Sequence[Sample], tokens_per_frame: int, max_length: int, pa
         pixels, boxes = sample.pixels, sample.boxes
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pack: samples[{i}].pixels: expected uint8, got {pixels.dtype}")
-        if pixels.dim() != 4 or pixels.shape[1] != 3 or not len(pixels):
+        if pixels.dim() != 4 or pixels.shape[1] != 3 or not min(pixels.shape[2:]):
             raise ValueError(f"pack: samples[{i}].pixels: expected (frames, 3, H, W), got {tuple(pixels.shape)}")
         if pixels.shape[1:] != size:
             raise ValueError(

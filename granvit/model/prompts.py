@@ -26,19 +26,18 @@ class PromptError(UserError):
 
 
 class Encoded(NamedTuple):
-    """The tokens of one question and answer.
+    """The tokens of one question and answer, or of a conversation.
 
     Attributes:
-        ids: all tokens, with one image token whatever the size of the image.
-        image: place of the image token.
-        start: place of the first token of the answer.
-        stop: place after the token that ends the assistant's turn; what follows is the template's.
+        ids: all tokens, with one image token whatever the size of the image, and none without one.
+        image: place of the image token; None without one.
+        spans: of each answer, the place of its first token, and the place after the token that ends the assistant's
+            turn; what follows is the template's.
     """
 
     ids: list[int]
-    image: int
-    start: int
-    stop: int
+    image: int | None
+    spans: tuple[tuple[int, int], ...]
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
@@ -77,10 +76,10 @@ def rows(has: int, tokens: int) -> int:
 class Prompts:
     """Turns questions and answers into tokens as the model's own chat template has them.
 
-    The conversation is one turn: the user says ``<image>``, a line break and the question, the assistant says the
-    answer. The template is given that text, or, where it wants a list of parts, an image and a text. The tokens are
-    those of ``LlavaProcessor.apply_chat_template``, except that ``<image>`` stands once. A question may hold ``<box>``
-    or ``<region>`` in place of coordinates.
+    The user says ``<image>``, a line break and the question, the assistant says the answer, and so on without
+    ``<image>``; a conversation without an image has none. The template is given these texts, or, where it wants lists
+    of parts, an image and a text. The tokens are those of ``LlavaProcessor.apply_chat_template``, except that
+    ``<image>`` stands once. A question may hold ``<box>`` or ``<region>`` in place of coordinates.
 
     Attributes:
         tokenizer: the tokenizer.
@@ -110,15 +109,15 @@ class Prompts:
         ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = ends.union(tokenizer.all_special_ids) - {self.image_id, self.box_id, self.region_id}
         self._parts = False
-        if self._render("a", None).count(IMAGE) != 1:
+        if self._render(["a"]).count(IMAGE) != 1:
             self._parts = True
-            if self._render("a", None).count(IMAGE) != 1:
+            if self._render(["a"]).count(IMAGE) != 1:
                 raise PromptError(f"chat template: expected {IMAGE} once for a user who shows one image")
         one, two = self.encode([("what", "a"), ("1 2", "3 4")])
-        self.prefix = one.ids[: shared_length([one, two], one.image + 1 + min(len(one.ids), len(two.ids)))]
-        if len(self.prefix) >= min(one.start, two.start):
+        self.prefix = one.ids[: shared_length([one, two], min(len(one.ids), len(two.ids)))]
+        if len(self.prefix) >= min(one.spans[0][0], two.spans[0][0]):
             raise PromptError("chat template: expected it to show the user's question")
-        self.end_id = one.ids[one.stop - 1]
+        self.end_id = one.ids[one.spans[0][1] - 1]
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
 
@@ -130,18 +129,17 @@ class Prompts:
             )
         return added[token]
 
-    def _render(self, question: str, answer: str | None) -> str:
-        """The text of the conversation; up to where the assistant begins, where there is no answer."""
-        said: list[tuple[str, Any]] = [("user", f"{IMAGE}\n{question}")]
-        if answer is not None:
-            said.append(("assistant", answer))
-        if self._parts:
-            text = {"type": "text", "text": question}
-            said[0] = ("user", [{"type": "image"}, text])
-            said[1:] = [(role, [{"type": "text", "text": text}]) for role, text in said[1:]]
-        messages = [{"role": role, "content": content} for role, content in said]
+    def _render(self, said: Sequence[str], image: bool = True) -> str:
+        """The text of what user and assistant say in turns; up to where the assistant begins, where it is its turn."""
+        messages: list[dict[str, Any]] = []
+        for i, text in enumerate(said):
+            shown = image and i == 0
+            content: Any = f"{IMAGE}\n{text}" if shown else text
+            if self._parts:
+                content = [{"type": "image"}] * shown + [{"type": "text", "text": text}]
+            messages.append({"role": ("user", "assistant")[i % 2], "content": content})
         rendered: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None
+            messages, tokenize=False, add_generation_prompt=len(said) % 2 == 1
         )
         return rendered
 
@@ -153,40 +151,64 @@ class Prompts:
             texts, add_special_tokens=added, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+    def encode(self, conversations: Sequence[Sequence[str]], images: Sequence[bool] | None = None) -> list[Encoded]:
         """Tokens of questions and answers.
 
         Args:
-            pairs: of question and answer, neither with ``<image>`` in it.
+            conversations: each a question and its answer, and so on in turns, none with ``<image>`` in it.
+            images: of each, whether it is about an image; by default all are.
 
         Raises:
-            PromptError: a chat template that begins or ends the assistant's turn in another way than expected.
+            PromptError: a chat template that begins or ends the assistant's turn in another way than expected, or
+                writes earlier turns anew as a conversation goes on.
         """
-        if not pairs:
+        if not conversations:
             return []
-        texts = [self._render(question, answer) for question, answer in pairs]
+        images = [True] * len(conversations) if images is None else images
+        texts = [self._render(said, image) for said, image in zip(conversations, images, strict=True)]
         tokens = self._tokenize(texts)
-        encoded = []
-        for (question, answer), text, ids, spans in zip(
-            pairs, texts, tokens["input_ids"], tokens["offset_mapping"], strict=True
-        ):
-            begin, end = _answer_span(text, self._render(question, None), answer.strip())
-            start = next((i for i, (_, last) in enumerate(spans) if last > begin), len(ids))
-            turn_end = (i for i in range(start, len(ids)) if spans[i][0] >= end and ids[i] in self._ends)
+        return [
+            Encoded(ids, ids.index(self.image_id) if image else None, self._spans(said, image, text, ids, places))
+            for said, image, text, ids, places in zip(
+                conversations, images, texts, tokens["input_ids"], tokens["offset_mapping"], strict=True
+            )
+        ]
+
+    def _spans(
+        self, said: Sequence[str], image: bool, text: str, ids: list[int], places: list[tuple[int, int]]
+    ) -> tuple[tuple[int, int], ...]:
+        """Where among the tokens of a text each answer stands."""
+        spans = []
+        for turn in range(1, len(said), 2):
+            begin, end = _answer_span(text, self._render(said[:turn], image), said[turn].strip())
+            written = text if turn + 1 == len(said) else self._render(said[: turn + 1], image)
+            if not text.startswith(written):
+                raise PromptError(
+                    "chat template: expected earlier turns to stay as they are in a longer conversation, "
+                    f"got {text!r} after {written!r}"
+                )
+            start = next((i for i, (_, last) in enumerate(places) if last > begin), len(ids))
+            # Of the template's text for this turn: the next one's would teach the model to go on by itself.
+            turn_end = (
+                i for i in range(start, len(ids)) if end <= places[i][0] < len(written) and ids[i] in self._ends
+            )
             stop = next(turn_end, None)
             if stop is None:
                 raise PromptError(
                     "chat template: expected a special token at the end of the assistant's turn, "
-                    f"got {text[end:]!r}; a model could not learn where to stop"
+                    f"got {written[end:]!r}; a model could not learn where to stop"
                 )
-            encoded.append(Encoded(ids, ids.index(self.image_id), start, stop + 1))
-        return encoded
+            spans.append((start, stop + 1))
+        return tuple(spans)
 
-    def encode_questions(self, questions: Sequence[str]) -> list[list[int]]:
-        """Tokens up to where the assistant begins, one image token among them, for generation."""
+    def encode_questions(self, questions: Sequence[str], images: Sequence[bool] | None = None) -> list[list[int]]:
+        """Tokens up to where the assistant begins, for generation; one image token among them, but where `images` says
+        that there is no image."""
         if not questions:
             return []
-        ids: list[list[int]] = self._tokenize([self._render(question, None) for question in questions])["input_ids"]
+        images = [True] * len(questions) if images is None else images
+        texts = [self._render([question], image) for question, image in zip(questions, images, strict=True)]
+        ids: list[list[int]] = self._tokenize(texts)["input_ids"]
         return ids
 
 
@@ -202,7 +224,7 @@ def _answer_span(text: str, prompt: str, answer: str) -> tuple[int, int]:
 
 
 def shared_length(encoded: Sequence[Encoded], limit: int) -> int:
-    """How many tokens at the start are the same in all, at most `limit`; at least up to the image.
+    """How many tokens at the start are the same in all, which have an image, at most `limit`; at least up to it.
 
     Raises:
         PromptError: they differ in front of the image.
@@ -212,7 +234,7 @@ def shared_length(encoded: Sequence[Encoded], limit: int) -> int:
     for other in encoded[1:]:
         pairs = zip(first.ids[:shared], other.ids[:shared], strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(shared, len(first.ids), len(other.ids)))
-    if shared <= first.image:
+    if first.image is None or shared <= first.image:
         raise PromptError("chat template: expected the same tokens in front of every image")
     return shared
 

@@ -1,4 +1,4 @@
-"""The folders that a stage can be taken up from."""
+"""The files of a run, and the folders that a stage can be taken up from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+RESOLVED, MODEL = "recipe.yaml", "model"  # in the folder of a run, and in that of a finished stage
 COMPLETE = "complete"
 WEIGHTS = "model.safetensors"
 WINDOW = "log_{rank}.pt"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from granvit.data.images import frame
+from granvit.data.conversations import Conversations
+from granvit.data.images import frames, tile_grid, tiled
 from granvit.data.mixing import Mixture
 from granvit.data.record import Record, Region
 from granvit.data.scenes import SceneComposer
@@ -35,8 +36,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
-        """The record of image i, its pixels uint8 ``(3, size, size)``, and the way of its boxes."""
+    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
+        """The record of image i, its frames uint8 ``(frames, 3, size, size)``, and the way of its boxes to the first.
+
+        Frames are those of :func:`granvit.data.images.frames`, with at most `tiles` beside the overview.
+        """
         ...
 
 
@@ -61,7 +65,7 @@ class ShardSource:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}
 
-    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
         """See :class:`Source`."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         within = i - (int(self._ends[number - 1]) if number else 0)
@@ -70,8 +74,8 @@ class ShardSource:
         if len(self._open) > self._OPEN:
             self._open.pop(next(iter(self._open))).close()
         record = shard.record(within)
-        pixels, transform = frame(shard.image(within), (size, size), flip=flip, name=f"{shard.path.name}: {record.key}")
-        return record, pixels, transform
+        name = f"{shard.path.name}: {record.key}"
+        return record, *frames(shard.image(within), (size, size), tiles, flip=flip, name=name)
 
 
 class SceneSource:
@@ -88,13 +92,12 @@ class SceneSource:
     def __len__(self) -> int:
         return self._count
 
-    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
         """See :class:`Source`."""
         record, image = self.composer[i]
-        transform = BoxTransform.letterbox((image.height, image.width), (size, size))
-        if flip:
-            transform = transform.then(BoxTransform.flip((size, size)))
-        return record, transform.pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1)), transform
+        shown, frame = (image.height, image.width), (size, size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return record, *tiled(pixels, shown, frame, tile_grid(shown, frame, tiles), flip=flip)
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,13 @@ class Preparer:
 
     Attributes:
         sampler: draws the questions.
-        size: side of the frame in pixels.
+        size: side of the frames in pixels.
         prompt: how Bbox2Caption names its region: ``text``, ``box``, ``region``, or ``mixed`` for a draw between text
             and region.
-        flip: share of the natural images that are mirrored; text is not.
+        flip: share of the natural images that are mirrored; text is not, and neither is what conversations are about,
+            whose words may say left and right.
         seed: of the draws that are not the sampler's.
+        tiles: of an image beside the overview, at most.
     """
 
     sampler: TaskSampler
@@ -115,17 +120,21 @@ class Preparer:
     prompt: str = "text"
     flip: float = 0.0
     seed: int = 0
+    tiles: int = 0
 
-    def __call__(self, source: Source, i: int, epoch: int) -> Sample:
-        """The sample of an image of a source.
+    def __call__(self, source: Source | Conversations, i: int, epoch: int) -> Sample:
+        """The sample of an image of a source. Boxes and coordinates are those of the overview, the first frame.
 
-        A region of which less than a quarter is left in the frame is left out.
+        A region of which less than a quarter is left in the frame is left out. A conversation asks its own questions.
         """
+        if isinstance(source, Conversations):
+            conversation, pixels = source.read(i, self.size, self.tiles)
+            return Sample(pixels, [conversation])
         rng = random.Random(f"{self.seed} {epoch} {i}")
         mirrored = rng.random() < self.flip
-        record, pixels, transform = source.read(i, self.size, mirrored)
+        record, pixels, transform = source.read(i, self.size, mirrored, self.tiles)
         if mirrored and record.kind != "natural":
-            record, pixels, transform = source.read(i, self.size, False)
+            record, pixels, transform = source.read(i, self.size, False, self.tiles)
         shown = self._as_shown(record, transform)
         pairs = self.sampler(shown, epoch).pairs
         regions = list(dict.fromkeys(pair.region for pair in pairs if pair.region is not None))
@@ -133,7 +142,7 @@ class Preparer:
         boxes = torch.tensor([shown.regions[region].box for region in regions], dtype=torch.float32).reshape(-1, 4)
         asked = [self._prompted(pair, shown, rng) for pair in pairs]
         return Sample(
-            pixels[None],
+            pixels,
             [replace(pair, region=None if pair.region is None else row[pair.region]) for pair in asked],
             boxes,
             kind=record.kind,
@@ -213,7 +222,7 @@ class TrainingData(IterableDataset[Loaded]):
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source | Conversations],
         weights: Sequence[float] | None,
         prepare: Preparer,
         prompts: Prompts,

@@ -18,6 +18,8 @@ from granvit.train.data import TrainingData
 from granvit.train.meters import Meters
 from granvit.train.objective import Losses, Micro, Objective
 
+ACCURACY = "contrastive/accuracy"  # among the captions of a micro-batch, so larger ones make it harder
+
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
@@ -45,7 +47,7 @@ class _Gap:
         self._own, self._other = Meters(device), Meters(device)
 
     def add(self, model: nn.Module, micro: Micro, own: Losses, counts: bool = True) -> None:
-        if not on_all_ranks(len(micro.batch.frames) > 1, self._device):
+        if not on_all_ranks(sum(map(bool, micro.batch.frames)) > 1, self._device):
             return
         other = model(micro, wrong_image=True)
         if counts:
@@ -76,10 +78,11 @@ def heldout_losses(
 
     Returns:
         ``caption``, ``caption/<task>``, ``caption/<task>/<size>`` and the same behind ``wrong_image/``; of a
-        contrastive objective ``contrastive``, the mean of its micro-batches.
+        contrastive objective ``contrastive``, the mean of its micro-batches, and ``alignment`` and
+        ``contrastive/accuracy``, of its regions.
     """
     own, gap = Meters(device), _Gap(device)
-    contrastive = torch.zeros(2, dtype=torch.float64, device=device)  # sum, and number of micro-batches
+    contrastive = torch.zeros(5, dtype=torch.float64, device=device)  # losses, micro-batches; distances, hits, regions
     of_first = copy.copy(data)
     of_first.rank = 0  # which has an image in every micro-batch that there is
     with _evaluating(model):
@@ -90,9 +93,11 @@ def heldout_losses(
             assert batch is not None
             micro = objective.micro(batch).to(device)
             losses = model(micro)
-            if losses.contrastive is not None:
+            if losses.contrastive is not None and losses.alignment is not None and losses.accuracy is not None:
                 if counts:
-                    contrastive += torch.tensor([float(losses.contrastive), 1.0], dtype=torch.float64, device=device)
+                    shares = (float(losses.alignment) * micro.cells, float(losses.accuracy) * micro.cells, micro.cells)
+                    sums = [float(losses.contrastive), 1.0, *shares]
+                    contrastive += torch.tensor(sums, dtype=torch.float64, device=device)
                 continue
             if counts:
                 _add(own, micro, losses)
@@ -101,8 +106,11 @@ def heldout_losses(
     if dist.is_initialized():
         dist.all_reduce(contrastive)
     found = own.means() | gap.values()
-    total, count = contrastive.tolist()
-    return found | ({"contrastive": total / count} if count else {})
+    total, count, *sums, regions = contrastive.tolist()
+    if not count:
+        return found
+    alignment, accuracy = (x / max(regions, 1.0) for x in sums)
+    return found | {"contrastive": total / count, "alignment": alignment, ACCURACY: accuracy}
 
 
 def look_again(model: nn.Module, micro: Micro, device: torch.device, *, wrong_image: bool) -> dict[str, float]:

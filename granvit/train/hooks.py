@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from granvit.train.data import Loaded, TrainingData
@@ -12,6 +13,17 @@ from granvit.train.parts import TrainingError
 
 if TYPE_CHECKING:
     from granvit.train.trainer import StageTrainer
+
+
+class Arguments(TrainingArguments):
+    """The Trainer's settings, with a CPU that every library knows by its name."""
+
+    @property
+    def device(self) -> torch.device:
+        """As TrainingArguments has it, less the number that accelerate gives the CPU where there are several processes:
+        torch.load, which the Trainer calls with it, refuses ``cpu:0``."""
+        found: torch.device = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
 
 
 class Loader:
@@ -40,7 +52,8 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at the first gradients."""
+        """Looks at the learning rates and the first gradients."""
+        self._trainer.note_learning_rates()
         if not self._checked:
             self._trainer.check_gradients()
             self._checked = True

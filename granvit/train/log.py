@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from granvit.errors import UserError, why_not_written
+from granvit.train.meters import TERMS
 
 METRICS = "metrics.jsonl"
 
@@ -33,11 +34,8 @@ class RunLog:
     def __init__(self, folder: Path, console: Console | None, *, tensorboard: bool = False) -> None:
         self.stage, self.steps = "", 0
         self._path, self._console = folder / METRICS, console
+        self._events = folder / "tensorboard" if console is not None and tensorboard else None
         self._writer: Any = None
-        if console is not None and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def start(self, stage: str, steps: int, step: int) -> None:
         """A stage begins, or goes on after `step`; lines that a killed run wrote beyond that are forgotten.
@@ -46,6 +44,14 @@ class RunLog:
             UserError: the file cannot be written.
         """
         self.stage, self.steps = stage, steps
+        if self._events is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._close()
+            with self._explained():
+                # A folder a stage, since what is to be forgotten of a folder is told by the step alone.
+                purge = step + 1 if step else 0
+                self._writer = SummaryWriter(str(self._events / stage), purge_step=purge)
         if self._console is None or not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -86,12 +92,18 @@ class RunLog:
             file.write(json.dumps(entry) + "\n")
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{self.stage}/{name}", value, step)
+                self._writer.add_scalar(name, value, step)
             self._writer.flush()
         text = render(values)
         if text:
             line = f"[bold]{escape(self.stage)}[/] {step}/{self.steps}  {text}"
             self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _close(self) -> None:
+        """Ends the event file of the stage."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def note(self, text: str) -> None:
         """A sentence."""
@@ -103,11 +115,15 @@ def render(values: Mapping[str, float]) -> str:
     """The figures of a line that a person follows; "" where there are none."""
     found = []
     if "loss" in values:
-        terms = [f"{name} {values[name]:.3f}" for name in ("caption", "distillation", "contrastive") if name in values]
+        terms = [f"{name} {values[name]:.3f}" for name in TERMS if name in values]
         found.append(f"loss {values['loss']:.3f} ({', '.join(terms)})")
+        if "contrastive/accuracy" in values:
+            found.append(f"accuracy {values['contrastive/accuracy']:.1%}")
         if "wrong_image/caption" in values:
             found.append(f"wrong image {values['wrong_image/caption']:+.3f}")
         found.append(f"{values['images_per_second']:.1f} images/s, {values['tokens_per_second']:.0f} tokens/s")
+        if "mfu" in values:
+            found.append(f"MFU {values['mfu']:.0%}")
         if "memory_gib" in values:
             found.append(f"{values['memory_gib']:.1f} GiB")
     heldout = {name.removeprefix("heldout/"): value for name, value in values.items() if name.startswith("heldout/")}
@@ -115,7 +131,7 @@ def render(values: Mapping[str, float]) -> str:
         shown = [
             f"{name.rpartition('/')[2]} {value:.3f}"
             for name, value in heldout.items()
-            if name == "contrastive" or (name.startswith("caption") and name.count("/") <= 1)
+            if name.startswith("contrastive") or (name.startswith("caption") and name.count("/") <= 1)
         ]
         gap = heldout.get("wrong_image/caption")
         found.append(f"held out: {', '.join(shown)}" + ("" if gap is None else f", wrong image {gap:+.3f}"))

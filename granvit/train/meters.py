@@ -11,6 +11,7 @@ from granvit.data.record import SIZES, Region
 from granvit.data.tasks import TASKS
 from granvit.model.packing import PairInfo
 
+TERMS = ("caption", "distillation", "contrastive", "alignment")  # of the loss, as the log names them
 TASK_NAMES = (*TASKS, "chat")
 _SIZES = (*SIZES, "image")
 GROUPS = tuple((task, size) for task in TASK_NAMES for size in _SIZES)

@@ -72,6 +72,8 @@ class Losses:
         caption: of the answers, scalar; None where the stage has none.
         distillation: of the regions, not weighted, scalar, or ``(R,)`` by region; likewise.
         contrastive: likewise.
+        alignment: likewise.
+        accuracy: of the contrastive objective: share of the regions whose nearest caption has their words; likewise.
         output: of the model; None for the contrastive objective.
     """
 
@@ -79,6 +81,8 @@ class Losses:
     caption: Tensor | None = None
     distillation: Tensor | None = None
     contrastive: Tensor | None = None
+    alignment: Tensor | None = None
+    accuracy: Tensor | None = None
     output: Output | None = None
 
 
@@ -140,8 +144,14 @@ class Objective(nn.Module):
         counts = counts or Counts(micro.tokens, micro.cells)
         share = micro.cells / max(counts.cells, 1.0)
         if self.contrast is not None:
-            loss = self.contrast(self.model, micro.batch) * share
-            return Losses(loss, contrastive=loss.detach())
+            contrastive, alignment, hits = self.contrast(self.model, micro.batch)
+            contrastive, alignment = contrastive * share, alignment * share
+            return Losses(
+                contrastive + alignment,
+                contrastive=contrastive.detach(),
+                alignment=alignment.detach(),
+                accuracy=hits / max(counts.cells, 1.0),
+            )
         output = self.model(micro.batch, wrong_image=wrong_image, items=max(counts.tokens, 1.0))
         losses = Losses(output.loss, caption=output.loss.detach(), output=output)
         if self.distillation is not None and not wrong_image:
@@ -172,7 +182,7 @@ class Objective(nn.Module):
             pixels = normalise(batch.pixels, self.model.mean, self.model.std, torch.float32)
             if not len(batch.boxes):
                 # A stock tower takes no empty batch, and a sharded one has to run on every rank.
-                seen = vision_tokens(tower, pixels[:1], layer)[:0]
+                seen = vision_tokens(tower, pixels.new_zeros(1, *pixels.shape[1:]), layer)[:0]
                 seen = seen if micro.crops is None else seen.flatten(0, 1)
             elif micro.crops is None:
                 crops = crop_boxes(pixels, batch.boxes, batch.image_index, (pixels.shape[-2], pixels.shape[-1]))
@@ -193,13 +203,14 @@ class Objective(nn.Module):
 
 
 class Contrast(nn.Module):
-    """The sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343) between regions and their captions.
+    """Regions against their captions: the sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343), and their distance.
 
     A region is what its ``<region>`` token would be: vision tokens pooled under its box, through the projector. A
-    caption is the mean of its tokens' input embeddings in the language model, less the mean of all of a batch, since
-    input embeddings share a large common part. So a region learns to lie where its words lie, which is where the
-    language model will read it. Regions with the same words count as positives of each other. Negatives are those of
-    the micro-batch of one rank.
+    caption is the mean of its tokens' input embeddings in the language model. The sigmoid loss compares both less the
+    mean caption of the batch, since input embeddings share a large common part; regions with the same words count as
+    positives of each other, and negatives are those of the micro-batch of one rank. It sees directions only, so the
+    second term, the mean squared distance between regions and their captions by the mean squared length of a caption,
+    brings a region to the very place of its words, where a frozen language model reads it as it reads them.
 
     Args:
         regions: in a micro-batch, about. The bias starts where one positive among so many is the least surprise, as the
@@ -211,20 +222,22 @@ class Contrast(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(-torch.tensor(float(max(regions, 1))).log())
 
-    def forward(self, model: GranViT, batch: PackedBatch) -> Tensor:
-        """Mean over the regions that have a caption; 0 without any."""
+    def forward(self, model: GranViT, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The sigmoid loss and the distance, each a mean over the regions that have a caption, and how many of these
+        are nearest to a caption with their words; 0 without any."""
         regions = model.regions(batch)  # [R, D]
         with torch.autocast(regions.device.type, enabled=False):  # cosines near 1 and logits near -10 need float32
             words = self._captions(model, batch)  # [n, D]
             rows = torch.tensor(_captioned(batch), dtype=torch.int64, device=regions.device)
-            image = F.normalize(regions.float()[rows], dim=-1)
-            length, centred = words.norm(dim=-1, keepdim=True), words - words.mean(0)
+            found, centre = regions.float()[rows], words.sum(0) / max(len(rows), 1)
+            length, centred = words.norm(dim=-1, keepdim=True), words - centre
             # Captions that are all the same leave nothing but rounding, which must not become a direction.
             text = centred / centred.norm(dim=-1, keepdim=True).maximum(_SAME * length)
             apart = torch.cdist(words, words, compute_mode="donot_use_mm_for_euclid_dist")  # which would round 0 up
             same = (apart <= _SAME * length).float() * 2 - 1
-            logits = image @ text.T * self.scale.exp() + self.bias
-            return -F.logsigmoid(same * logits).sum() / max(len(image), 1)
+            logits = F.normalize(found - centre, dim=-1) @ text.T * self.scale.exp() + self.bias
+            distance = (found - words).square().sum() / length.square().sum().clamp(min=torch.finfo(length.dtype).tiny)
+            return -F.logsigmoid(same * logits).sum() / max(len(rows), 1), distance, _hits(logits, same)
 
     @torch.no_grad()
     def _captions(self, model: GranViT, batch: PackedBatch) -> Tensor:
@@ -240,6 +253,14 @@ class Contrast(nn.Module):
         total = embeddings.new_zeros(len(row_of) + 1, embeddings.shape[1]).index_add_(0, row, embeddings)
         count = torch.bincount(row, minlength=len(row_of) + 1)
         return (total / count.clamp(min=1)[:, None])[:-1]  # less what the captions of whole images made
+
+
+@torch.no_grad()
+def _hits(logits: Tensor, same: Tensor) -> Tensor:
+    """Of how many rows the largest logit stands where `same` is positive."""
+    if not len(logits):
+        return logits.new_zeros(())
+    return (same.gather(1, logits.argmax(1, keepdim=True)) > 0).sum()
 
 
 def _captioned(batch: PackedBatch) -> list[int]:

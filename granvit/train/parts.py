@@ -31,13 +31,15 @@ def part_of(name: str) -> str:
 
 
 def optimizer_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Parameters for AdamW: a group for each part, matrices with weight decay and vectors without."""
+    """Parameters for AdamW: a group for each part, matrices with weight decay and vectors without; which part it is,
+    under ``part``."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((part_of(name), parameter.dim() > 1), []).append(parameter)
     return [
         {
+            "part": part,
             "params": parameters,
             "lr": stage.rates.get(part, stage.learning_rate),
             "weight_decay": stage.weight_decay if is_matrix else 0.0,

@@ -10,77 +10,30 @@ from __future__ import annotations
 
 import io
 import math
-import time
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from granvit.data.conversations import Conversations
 from granvit.data.shards import INDEX, read_index
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
 from granvit.model.assemble import assemble_empty, freeze, part_parameters
+from granvit.model.tower import prefix_tokens
 from granvit.recipe import PARTS, Data, Model, Recipe, Scenes, Stage
 from granvit.train._counting import NATIVE_SHARE, Layout, Shell, count
+from granvit.train.devices import Device
 
 # Tokens of a question and its answer, with what a chat template puts around them; about what Qwen's and SmolLM2's
 # tokenizers make of the paper's wordings, where a box has 27 tokens.
 TEXT_TOKENS = {"global_caption": (20, 80), "bbox_to_caption": (60, 12), "caption_to_bbox": (35, 30), "chat": (180, 250)}
 PREFIX_TOKENS = 25  # of a chat template, in front of the image
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a stage runs on.
-
-    Attributes:
-        name: for the report.
-        kind: ``"cuda"`` or ``"cpu"``.
-        flops: a second, dense, at the best.
-        memory: bytes; None where nobody asked.
-        utilisation: share of `flops` that a step reaches; assumed.
-    """
-
-    name: str
-    kind: str
-    flops: float
-    memory: float | None
-    utilisation: float
-
-
-# Dense bfloat16 FLOP/s and memory of the data sheets.
-DEVICES = {
-    "h100": Device("H100 SXM", "cuda", 989e12, 80e9, 0.4),
-    "h200": Device("H200 SXM", "cuda", 989e12, 141e9, 0.4),
-    "a100": Device("A100 80 GB", "cuda", 312e12, 80e9, 0.4),
-}
-
-
-def measured_cpu(dtype: str = "bfloat16", size: int = 1024) -> Device:
-    """This machine's processor, by the best of ten products of square matrices in about a second."""
-    a = torch.randn(size, size).to(getattr(torch, dtype))
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return Device(f"this processor, {torch.get_num_threads()} threads", "cpu", 2 * size**3 / best, None, 0.35)
-
-
-def device(name: str) -> Device:
-    """One of :data:`DEVICES` by its name, or ``"cpu"`` for this machine's processor, measured.
-
-    Raises:
-        UserError: none of these.
-    """
-    if name != "cpu" and name not in DEVICES:
-        raise UserError(f"plan: device: expected cpu or one of {', '.join(DEVICES)}, got {name!r}")
-    return measured_cpu() if name == "cpu" else DEVICES[name]
 
 
 @dataclass(frozen=True)
@@ -124,13 +77,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a recipe: its stages, on which device and how many, and where the configs came from."""
+    """The cost of a recipe: its stages, on which device and how many, where the configs came from, and the frames that
+    every image is taken to have."""
 
     recipe: str
     device: Device
     world_size: int
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
+    most_frames: int = 1
 
 
 def plan(recipe: Recipe, device: Device, world_size: int = 1) -> Plan:
@@ -152,11 +107,11 @@ def plan(recipe: Recipe, device: Device, world_size: int = 1) -> Plan:
             model = replace(model, language=stage.language or model.language)
             with fake:
                 empty = assemble_empty(model, device="cpu")
-                shell = Shell(empty, model.prompt)
+                shell = Shell(empty.llava, model.prompt)
             notes += [f"{stage.name}: {note}" for note in empty.notes]
         with fake:
             stages.append(_stage_plan(recipe.data, model, stage, shell, device, world_size))
-    return Plan(recipe.name, device, world_size, tuple(stages), tuple(notes))
+    return Plan(recipe.name, device, world_size, tuple(stages), tuple(notes), most_frames(recipe.data))
 
 
 def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
@@ -168,7 +123,8 @@ def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
         images: of the micro-batch.
         tokens: of a frame, as the language model sees it.
     """
-    frames = images * (1 + data.tiles)
+    each = most_frames(data)
+    frames = images * each
     crops = images * stage.regions if stage.distillation is not None else 0
     if stage.objective == "contrastive":
         return Layout(images, frames, crops, 0, (), 0, 0, 0)
@@ -185,7 +141,7 @@ def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
         share = min(1.0, weight / total * regions) if pairs else float(weight > 0)
         if share:
             pairs.append((share * TEXT_TOKENS["global_caption"][0], share * TEXT_TOKENS["global_caption"][1]))
-    prefix = PREFIX_TOKENS + tokens * (1 + data.tiles)
+    prefix = PREFIX_TOKENS + tokens * each
     length = math.ceil(prefix + sum(q + a for q, a in pairs))
     if prefix >= data.max_length:
         raise UserError(f"data.max_length: an image alone has about {prefix} tokens, got {data.max_length}")
@@ -194,6 +150,12 @@ def layout(data: Data, stage: Stage, images: int, tokens: int) -> Layout:
     rows = math.ceil(images / together)
     answers = math.ceil(images * sum(a for _, a in pairs))
     return Layout(images, frames, crops, prefix, tuple(pairs), rows, together * length, min(answers, images * length))
+
+
+def most_frames(data: Data) -> int:
+    """Frames of a large image; composed scenes are as large as one frame, and one tile would be the overview again."""
+    large = any(source.scenes is None for source in data.train)
+    return 1 + data.tiles if data.tiles > 1 and large else 1
 
 
 def _stage_plan(data: Data, model: Model, stage: Stage, shell: Shell, device: Device, world_size: int) -> StagePlan:
@@ -209,15 +171,10 @@ def _stage_plan(data: Data, model: Model, stage: Stage, shell: Shell, device: De
     patches = (model.image_size // config.vision_config.patch_size) ** 2
     shapes = layout(data, stage, micro, patches)
     freeze(shell, stage.train, frozen_dtype=getattr(torch, model.dtype))
-    forward, backward, teacher, kept = count(shell, model, stage, shapes)
+    costs, kept = count(shell, model, stage, shapes)
     flex = model.attention == "flex_attention" or (model.attention == "auto" and device.kind == "cuda")
-    if flex and shapes.rows:
-        text = config.text_config
-        square = (
-            4 * shapes.rows * shapes.length**2 * text.num_attention_heads * _head_dim(text) * text.num_hidden_layers
-        )
-        forward -= square * (1 - shapes.density)
-        backward -= 2.5 * square * (1 - shapes.density)
+    class_tokens = prefix_tokens(shell.llava.model.vision_tower)
+    forward, backward, teacher = costs.run(shapes.work(patches, class_tokens, stage, skips=flex))
     # What a checkpointed layer keeps is its input; one layer at a time is whole.
     tower, text = config.vision_config, config.text_config
     size = 2 if model.dtype == "bfloat16" else 4
@@ -266,16 +223,15 @@ def _stage_plan(data: Data, model: Model, stage: Stage, shell: Shell, device: De
     )
 
 
-def _head_dim(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
 def _images(data: Data) -> int | None:
     """In an epoch; None where only reading the data would tell."""
     total = 0
     for source in data.train:
         if isinstance(source.scenes, Scenes):
             total += source.scenes.count
+            continue
+        if source.llava is not None and source.images is not None and Path(source.llava).is_file():
+            total += len(Conversations(source.llava, source.images, progress=sys.stderr.isatty()))
             continue
         if source.shards is None or not (Path(source.shards) / INDEX).is_file():
             return None
@@ -324,12 +280,24 @@ def render(planned: Plan, width: int = 110) -> str:
         "ranks; and activations. What the framework and fragmentation take comes on top.",
         f"Assumed: tokens of (question, answer): {TEXT_TOKENS}; all regions that a stage asks about are there; native "
         f"crops have {NATIVE_SHARE:.0%} of a frame.",
+        *_tiled(planned.most_frames),
         *planned.notes,
     ]
     for line in lines:
         out.print(line, highlight=False, markup=False)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue()
+
+
+def _tiled(frames: int) -> list[str]:
+    """What is assumed where images have tiles."""
+    if frames == 1:
+        return []
+    return [
+        f"Every image is counted with {frames} frames, itself and all its tiles, as memory has to hold them: the most "
+        "that data.tiles allows. Images of other shapes and small ones have fewer, text alone has none; so much less "
+        "time is needed."
+    ]
 
 
 def _total(stage: StagePlan) -> str:

@@ -13,9 +13,9 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from granvit.data.conversations import Conversations
 from granvit.data.scenes import SceneComposer
 from granvit.data.tasks import TASKS, TaskSampler
 from granvit.errors import UserError
@@ -25,15 +25,17 @@ from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
-from granvit.recipe import DataSource, Recipe, Stage, load
-from granvit.train.checkpoints import checkpoint_step, last_checkpoint, remove_unfinished
+from granvit.recipe import DataSource, Model, Recipe, Stage, load
+from granvit.train._counting import costs_of
+from granvit.train.checkpoints import MODEL, RESOLVED, checkpoint_step, last_checkpoint, remove_unfinished
 from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.devices import peak_flops
+from granvit.train.hooks import Arguments
 from granvit.train.log import RunLog
 from granvit.train.objective import Objective
 from granvit.train.stopping import Stop
 from granvit.train.trainer import StageTrainer
 
-RESOLVED, MODEL = "recipe.yaml", "model"
 _PAD = 64  # rows of a batch get a multiple of this many tokens, so that compiled code meets few shapes
 
 
@@ -68,6 +70,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
         (console or Console(width=None)) if process.is_main_process else None,
         tensorboard=find_spec("tensorboard") is not None,
     )
+    if _peak(recipe.model) is None:
+        log.note("the log has tflops and no mfu: it is not known what this device reaches at best")
     with _quiet_bars():
         for number, stage in enumerate(recipe.stages):
             finished = folder / stage.name / MODEL
@@ -79,6 +83,14 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
                 log.note(f"stopped by signal {signal}; the same command goes on from there")
                 return 128 + signal
     return 0
+
+
+def _peak(model: Model) -> float | None:
+    """FLOP/s of this process's device at the best; None where it is not known, as for processors."""
+    if not torch.cuda.is_available():
+        return None
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return peak_flops(torch.cuda.get_device_name(), model.dtype, tf32=tf32)
 
 
 @contextmanager
@@ -172,8 +184,20 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
     _prepare(stage, model, objective)
     layers = sorted({type(block).__name__ for block in _blocks(model)})
     args = _arguments(recipe, stage, steps, place, data, layers)
+    costs, peak = costs_of(model, recipe.model, stage), _peak(recipe.model)
     with Stop() as stop:
-        trainer = StageTrainer(objective, stage, args, data, heldout, workers=recipe.data.workers, log=log, stop=stop)
+        trainer = StageTrainer(
+            objective,
+            stage,
+            args,
+            data,
+            heldout,
+            workers=recipe.data.workers,
+            log=log,
+            stop=stop,
+            costs=costs,
+            peak=peak,
+        )
         if sharded and data.world_size > 1 and not trainer.is_fsdp_enabled:
             # accelerate leaves the plugin aside in silence.
             raise RunError("parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU; ddp works on both")
@@ -217,6 +241,8 @@ def _prepare(stage: Stage, model: GranViT, objective: Objective) -> None:
         else:
             part.gradient_checkpointing_disable()
     if stage.compile:
+        # Dynamo counts how often a layer's code was compiled in this process, and past a limit runs it uncompiled.
+        torch._dynamo.reset()
         teacher = [] if objective.teacher is None else list(blocks_of(objective.teacher.tower))
         for block in _blocks(model) + teacher:
             block.compile(dynamic=None)
@@ -232,6 +258,7 @@ def _data(
     rows, columns = grid_of(model.llava.model.vision_tower, (size, size))
     micro = stage.micro_batch or -(-stage.batch_size // world)
     prompts = Prompts(assembled.tokenizer)
+    _check_sources(recipe, stage, len(prompts.prefix) - 1, rows * columns)
 
     def stream(sources: tuple[DataSource, ...], seed: int, training: bool) -> TrainingData:
         opened = list(_opened(sources, size))
@@ -254,10 +281,25 @@ def _data(
     return data, stream(recipe.data.heldout, recipe.seed + 1, False) if recipe.data.heldout else None
 
 
+def _check_sources(recipe: Recipe, stage: Stage, prefix: int, tokens_per_frame: int) -> None:
+    """Before the first image with all its tiles, or the first held-out one, ends a run that was hours under way."""
+    data = recipe.data
+    longest = prefix + (1 + data.tiles) * tokens_per_frame
+    if data.tiles > 1 and longest > data.max_length:
+        raise RunError(
+            f"data.max_length: expected at least {longest}, for an image with {data.tiles} tiles beside the overview, "
+            f"got {data.max_length}"
+        )
+    if stage.tasks.get("chat") and any(source.llava is None for source in data.heldout):
+        raise RunError("data.heldout: expected conversations (llava) only, since chat asks nothing about other images")
+
+
 def _preparer(recipe: Recipe, stage: Stage, seed: int, flip: float) -> Preparer:
-    weights = {task: stage.tasks.get(task, 0.0) for task in TASKS} if stage.tasks else {"bbox_to_caption": 1.0}
+    # The contrastive objective takes captions from where they are asked for; conversations ask for themselves.
+    weights = {task: stage.tasks.get(task, 0.0) for task in TASKS}
+    weights = weights if any(weights.values()) else {"bbox_to_caption": 1.0}
     sampler = TaskSampler(weights, regions=stage.regions, seed=seed, style=stage.style)
-    return Preparer(sampler, recipe.model.image_size, stage.prompt, flip, seed)
+    return Preparer(sampler, recipe.model.image_size, stage.prompt, flip, seed, recipe.data.tiles)
 
 
 def heldout_samples(recipe: Recipe, stage: Stage, count: int) -> list[Sample]:
@@ -268,7 +310,7 @@ def heldout_samples(recipe: Recipe, stage: Stage, count: int) -> list[Sample]:
     return [prepare(source, i, 0) for source, i in places[:count]]
 
 
-def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source]:
+def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source | Conversations]:
     for source in sources:
         if source.scenes is not None:
             scenes = source.scenes
@@ -277,7 +319,11 @@ def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source]:
         elif source.shards is not None:
             yield ShardSource(source.shards)
         else:
-            raise RunError("data: conversations (llava) cannot be trained on yet")
+            assert source.llava is not None
+            assert source.images is not None
+            # Tells nobody but who looks on: a bar for each rank would be none.
+            watched = PartialState().is_main_process and sys.stderr.isatty()
+            yield Conversations(source.llava, source.images, progress=watched)
 
 
 def _steps(stage: Stage, data: TrainingData) -> int:
@@ -289,7 +335,7 @@ def _steps(stage: Stage, data: TrainingData) -> int:
 
 def _arguments(
     recipe: Recipe, stage: Stage, steps: int, place: Path, data: TrainingData, layers: list[str]
-) -> TrainingArguments:
+) -> Arguments:
     world = data.world_size
     share = data.micro_batch * data.world_size
     if stage.batch_size % share:
@@ -298,7 +344,7 @@ def _arguments(
             f"got {stage.batch_size}"
         )
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    return TrainingArguments(
+    return Arguments(
         output_dir=str(place),
         max_steps=steps,
         per_device_train_batch_size=data.micro_batch,

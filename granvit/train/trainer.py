@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from granvit.recipe import Stage
+from granvit.train._counting import Costs, work_of
 from granvit.train.checkpoints import (
     COMPLETE,
     WEIGHTS,
@@ -29,13 +28,14 @@ from granvit.train.checkpoints import (
     rotate,
 )
 from granvit.train.data import Loaded, TrainingData
-from granvit.train.evaluation import heldout_losses, look_again
+from granvit.train.evaluation import ACCURACY, heldout_losses, look_again
 from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
-from granvit.train.meters import Meters
+from granvit.train.meters import TERMS, Meters
 from granvit.train.objective import Counts, Losses, Micro, Objective
 from granvit.train.parts import TrainingError, check_gradients, optimizer_groups
 from granvit.train.stopping import Stop
+from granvit.train.tally import Tally
 
 _KEPT = 2  # checkpoints of a stage
 
@@ -56,6 +56,8 @@ class StageTrainer(Trainer):
         workers: processes that read ahead.
         log: where lines go.
         stop: who is asked after each step whether to end early.
+        costs: of what a micro-batch holds.
+        peak: FLOP/s of a device, of which the log says the share that was reached; None where it is not known.
     """
 
     def __init__(
@@ -69,20 +71,32 @@ class StageTrainer(Trainer):
         workers: int,
         log: RunLog,
         stop: Stop,
+        costs: Costs,
+        peak: float | None,
     ) -> None:
         self._stop, self._stop_signal = stop, 0
         self.objective, self.stage, self.run_log = objective, stage, log
         self._data, self._heldout, self._workers = data, heldout, workers
+        self._costs = costs
         super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[Steps(self)])
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate's rounds what goes in, boxes too, the losses that come out, and the sums of gradients.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            )
         self.remove_callback(PrinterCallback)  # the run's own log says it
         self.model_accepts_loss_kwargs = True  # so that nothing is divided by the number of micro-batches
         self._meters = Meters(args.device)
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
         self._terms: dict[str, Tensor] = {}
         self._last: Micro | None = None
-        self._tally = Counter[str]()
-        self._clock = 0.0
+        self._tally = Tally(args.device, args.world_size, peak)
         self._resumed: Path | None = None
+        self._group_parts: list[str] = []
+        self._learning_rates: dict[str, float] = {}
 
     control: TrainerControl
     optimizer: torch.optim.Optimizer | None
@@ -148,29 +162,32 @@ class StageTrainer(Trainer):
         return micros, Counts(tokens, cells)
 
     def _counted(self, loaded: Loaded) -> Micro:
-        self._tally["images"] += loaded.images
         for skip in loaded.skipped:
-            self._tally["skipped"] += 1
             self.run_log.note(f"left out sample {skip.sample} of source {skip.source}: {skip.reason}")
         if loaded.batch is None:
             raise TrainingError(
                 "no image of a whole micro-batch could be read; `granvit data verify` looks for the cause"
             )
-        self._tally["tokens"] += int((loaded.batch.image >= 0).sum())
-        for reason, count in loaded.batch.dropped.items():
-            self._tally[f"dropped: {reason}"] += count
-        return self.objective.micro(loaded.batch)
+        micro = self.objective.micro(loaded.batch)
+        self._tally.add(loaded, self._costs.needed(work_of(self.objective, micro)))
+        return micro
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """0: the log has images and tokens a second, and the plan says what they cost."""
+        """0: the run's own log counts them."""
         return 0
 
     def count_step(self) -> None:
         """One more since the last line of the log."""
-        self._tally["steps"] += 1
+        self._tally.add_step()
+
+    def note_learning_rates(self) -> None:
+        """Keeps for the log what the step at hand is taken with; afterwards the schedule has gone on."""
+        assert self.optimizer is not None
+        groups = zip(self._group_parts, self.optimizer.param_groups, strict=True)
+        self._learning_rates = {part: float(group["lr"]) for part, group in groups if part}
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -186,8 +203,8 @@ class StageTrainer(Trainer):
         """The micro-batch's share of the step's loss, times the number of ranks, whose gradients are averaged."""
         self._last = inputs
         losses: Losses = model(inputs, num_items_in_batch)
-        for name in ("caption", "distillation", "contrastive"):
-            term = getattr(losses, name)
+        found = {name: getattr(losses, name) for name in TERMS}
+        for name, term in (found | {ACCURACY: losses.accuracy}).items():
             if term is not None:
                 self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term
         if losses.output is not None:
@@ -224,6 +241,7 @@ class StageTrainer(Trainer):
         """AdamW: a group for each part, matrices with weight decay and vectors without."""
         if self.optimizer is None:
             groups = optimizer_groups(model or self.model, self.stage)
+            self._group_parts = [group.pop("part") for group in groups]
             fused = self.args.device.type == "cuda"
             self.optimizer = torch.optim.AdamW(groups, lr=self.stage.learning_rate, fused=fused)
         return self.optimizer
@@ -249,16 +267,16 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _line(self, logs: dict[str, float]) -> dict[str, float]:
-        steps = max(self._tally["steps"], 1)
-        seconds = time.perf_counter() - self._clock
-        terms = {name: self._sum(term) / steps for name, term in self._terms.items()}
+        rates = self._tally.rates()
+        terms = {name: self._sum(term) / self._tally.steps for name, term in self._terms.items()}
         self._check_terms(terms)
-        line = {"loss": sum(self._weight(name) * value for name, value in terms.items())}
+        line = {"loss": sum(self._weight(name) * value for name, value in terms.items() if name != ACCURACY)}
         line |= terms | {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
+        line |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates.items()}
         line |= {f"by/{name}": value for name, value in self._meters.means().items() if "/" in name}
         if self._last is not None and not self.objective.contrastive:
             line |= look_again(self.model_wrapped, self._last, self.args.device, wrong_image=self.stage.wrong_image)
-        line |= self._rates(seconds)
+        line |= rates
         self._restart()
         return line
 
@@ -281,17 +299,6 @@ class StageTrainer(Trainer):
                 "log; the data may hold no regions or captions that the stage can use"
             )
 
-    def _rates(self, seconds: float) -> dict[str, float]:
-        ranks = self.args.world_size
-        rates = {f"{name}_per_second": ranks * self._tally[name] / seconds for name in ("images", "tokens")}
-        rates["step_seconds"] = seconds / max(self._tally["steps"], 1)
-        if self.args.device.type == "cuda":
-            rates["memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
-        else:
-            rates["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
-        lost = {name: count for name, count in self._tally.items() if name.startswith(("dropped", "skipped"))}
-        return rates | {name: float(count) for name, count in lost.items() if count}
-
     def begin(self) -> None:
         """Begins to count for the next line, or goes on where the checkpoint was written between two."""
         self._restart()
@@ -300,14 +307,12 @@ class StageTrainer(Trainer):
             window = torch.load(path, map_location="cpu", weights_only=True)
             self._terms = {name: term.to(self.args.device) for name, term in window["terms"].items()}
             self._meters.load(window["meters"])
-            self._tally.update(window["tally"])
-            self._clock -= window["seconds"]
+            self._tally.load(window["tally"])
 
     def _restart(self) -> None:
         self._terms.clear()
         self._meters.reset()
-        self._tally.clear()
-        self._clock = time.perf_counter()
+        self._tally.restart()
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -319,40 +324,33 @@ class StageTrainer(Trainer):
         """
         if self._heldout is None:
             return {}
-        began = time.perf_counter()
-        found = heldout_losses(
-            self.model_wrapped, self.objective, self._heldout, self.args.device, wrong_image=self.stage.wrong_image
-        )
+        with self._tally.pause():
+            found = heldout_losses(
+                self.model_wrapped, self.objective, self._heldout, self.args.device, wrong_image=self.stage.wrong_image
+            )
         found = {f"heldout/{name}": value for name, value in found.items()}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        self._clock += time.perf_counter() - began  # which is no time of training
         return found
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        began = time.perf_counter()
         self._require_finite()
         folder = checkpoint_folder(Path(str(self.args.output_dir)), self.state.global_step)
-        window = {
-            "terms": self._terms,
-            "meters": self._meters.state(),
-            "tally": dict(self._tally),
-            "seconds": began - self._clock,
-        }
-        try:
-            super()._save_checkpoint(model, trial)
-            torch.save(window, folder / WINDOW.format(rank=self.args.process_index))
-            self.accelerator.wait_for_everyone()  # each rank has files of its own in it
-            if self.args.should_save:
-                (folder / COMPLETE).touch()
-                rotate(folder.parent, _KEPT)  # the Trainer's own goes by the clock, and before the new one is whole
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            # Each library reports a full disk in its own way; none of them is a reason to keep half a checkpoint.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise TrainingError(f"{folder}: cannot be written: {error}. {self.left()}") from error
-        self._clock += time.perf_counter() - began
+        window = {"terms": self._terms, "meters": self._meters.state(), "tally": self._tally.state()}
+        with self._tally.pause():
+            try:
+                super()._save_checkpoint(model, trial)
+                torch.save(window, folder / WINDOW.format(rank=self.args.process_index))
+                self.accelerator.wait_for_everyone()  # each rank has files of its own in it
+                if self.args.should_save:
+                    (folder / COMPLETE).touch()
+                    rotate(folder.parent, _KEPT)  # the Trainer's own goes by the clock, and before the new one is whole
+            except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+                # Each library reports a full disk in its own way; none of them is a reason to keep half a checkpoint.
+                shutil.rmtree(folder, ignore_errors=True)
+                raise TrainingError(f"{folder}: cannot be written: {error}. {self.left()}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

@@ -62,11 +62,11 @@ def test_rouge_l_is_googles() -> None:
 
 
 def test_without_rouge_score_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics._scorer.cache_clear()
+    metrics.rouge_scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(MissingDependencyError, match=r"granvit\[eval\]"):
         rouge_l("a", ["a"])
-    metrics._scorer.cache_clear()
+    metrics.rouge_scorer.cache_clear()
 
 
 def test_iou_is_torchvisions() -> None:

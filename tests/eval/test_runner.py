@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torchvision.ops import box_iou
 
 from granvit.data.importers.driver import import_dataset
-from granvit.errors import UserError
+from granvit.errors import MissingDependencyError, UserError
 from granvit.eval.answers import AnswerError, AnswerFile, read_answers, read_evaluation
+from granvit.eval.metrics import rouge_scorer
 from granvit.eval.questions import Asking, SettingsError
 from granvit.eval.runner import Settings, evaluate
 from granvit.eval.scores import Answer, score, summary
@@ -268,6 +270,18 @@ def test_what_cannot_be_evaluated_is_refused(model: Path, shards: Path, tmp_path
         evaluate(model, [source], Settings(Asking(prompt="box")), out)
     with pytest.raises(UserError, match="nothing could be asked"):
         evaluate(model, [Shards(write_shards_without_captions(tmp_path))], SHORT, tmp_path / "empty")
+
+
+def test_what_is_missing_is_known_before_anything_is_answered(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rouge_scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(MissingDependencyError, match=r"granvit\[eval\]"):
+        evaluate(model, [Shards(shards)], SHORT, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    evaluate(model, [Shards(shards)], Settings(Asking(("caption_to_bbox",)), max_new_tokens=2), tmp_path / "out")
+    rouge_scorer.cache_clear()
 
 
 def write_shards_without_captions(folder: Path) -> Path:

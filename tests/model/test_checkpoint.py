@@ -9,19 +9,31 @@ import os
 import random
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
+from granvit.data import images
 from granvit.model import checkpoint
 from granvit.model.checkpoint import CheckpointError, load, save
 from granvit.model.granvit import GranViT
 from granvit.model.packing import PackedBatch, pack
+from granvit.model.processor import processor_of
 from granvit.model.prompts import Prompts, add_special_tokens
+from granvit.model.tower import normalise
 from tests.model.support import SIZE, N, byte_level, random_sample, stock_pixels, tiny
 
 MEAN, STD = (0.1, 0.25, 0.375), (0.3, 0.2, 0.7)
@@ -112,6 +124,68 @@ def test_stock_transformers_gives_the_same_logits(prompts: Prompts, tmp_path: Pa
         other = stock(input_ids=ids, pixel_values=-pixels).logits
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, other)  # the image is looked at
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+def test_stock_transformers_prepares_pictures_as_the_training_did(prompts: Prompts, tmp_path: Path, text: str) -> None:
+    model = made(prompts, text=text)
+    save(model, prompts.tokenizer, SIZE, tmp_path / "model")
+    question = "What is in [0.250, 0.500, 0.750, 1.000]?"
+    message = [{"role": "user", "content": f"<image>\n{question}"}]
+    pixels = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
+    shown = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    for kind in (LlavaProcessor, AutoProcessor):
+        processor = kind.from_pretrained(tmp_path / "model")
+        assert isinstance(processor, LlavaProcessor)
+        rendered = processor.apply_chat_template(message, add_generation_prompt=True)
+        inputs = processor(images=shown, text=rendered, return_tensors="pt")
+        expected = normalise(pixels, MEAN, STD, torch.float32)
+        torch.testing.assert_close(inputs.pixel_values, expected, rtol=1e-6, atol=1e-6)
+        [ours] = prompts.encode_questions([question])
+        place = ours.index(prompts.image_id)
+        assert inputs.input_ids.tolist() == [ours[:place] + [prompts.image_id] * N + ours[place + 1 :]]
+        with torch.no_grad():  # which counts image tokens against image features
+            assert LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")(**inputs).logits.isfinite().all()
+    alone = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(alone(shown, return_tensors="pt").pixel_values, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "dinov2-registers"])
+def test_the_processor_makes_as_many_image_tokens_as_the_tower_makes_features(prompts: Prompts, kind: str) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24, "patch_size": 8}
+    vision: dict[str, Any] = {
+        "siglip": {"model_type": "siglip_vision_model", "intermediate_size": 24},
+        "clip": {"model_type": "clip_vision_model", "intermediate_size": 24},
+        "dinov2-registers": {"model_type": "dinov2_with_registers", "num_register_tokens": 3},
+    }[kind]
+    language = tiny(prompts).llava.config.text_config
+    select = "full" if kind == "siglip" else "default"
+    config = LlavaConfig(
+        vision_config=sizes | vision, text_config=language, vision_feature_layer=-1,
+        vision_feature_select_strategy=select, image_token_index=prompts.image_id,
+    )  # fmt: skip
+    llava = LlavaForConditionalGeneration(config)
+    processor = processor_of(GranViT(llava), prompts.tokenizer, 24)
+    shown = Image.fromarray(torch.randint(0, 256, (24, 24, 3), dtype=torch.uint8).numpy())
+    inputs = processor(images=shown, text="<image> what", return_tensors="pt")
+    features = llava.model.get_image_features(inputs.pixel_values).pooler_output[0]
+    assert int((inputs.input_ids == prompts.image_id).sum()) == len(features)
+
+
+def test_the_processor_keeps_the_aspect_ratio_as_the_training_does(prompts: Prompts) -> None:
+    model = made(prompts)
+    y, x = torch.meshgrid(torch.arange(16), torch.arange(24), indexing="ij")
+    wide = torch.stack([100 + 5 * x, 100 + 8 * y, 200 - 3 * (x + y)], -1).to(torch.uint8)  # smooth: it is scaled twice
+    file = BytesIO()
+    Image.fromarray(wide.numpy()).save(file, "PNG")
+    frame, _ = images.frame(file.getvalue(), (SIZE, SIZE))
+    processor = processor_of(model, prompts.tokenizer, SIZE)
+    found = processor(images=Image.fromarray(wide.numpy()), text="<image>", return_tensors="pt").pixel_values
+    expected = normalise(frame[None], MEAN, STD, torch.float32)
+    bars = [*range(4), *range(20, 24)]
+    torch.testing.assert_close(found[:, :, bars], expected[:, :, bars], rtol=1e-6, atol=1e-6)  # black, as in training
+    levels = (found - expected)[0].abs() * torch.tensor(STD)[:, None, None] * 255
+    assert levels.max() < 4
 
 
 def test_a_folder_that_was_there_is_replaced(prompts: Prompts, tmp_path: Path) -> None:

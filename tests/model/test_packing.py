@@ -267,7 +267,8 @@ def test_an_answer_that_merges_with_the_generation_prompt_is_supervised_from_the
     tokenizer = byte_level(PARTS)  # its generation prompt ends in a space
     prompts = prompts_for(tokenizer, tiny_llava(tokenizer))
     (tokens,) = prompts.encode([("what", "red")])
-    assert tokenizer.decode(tokens.ids[tokens.start : tokens.stop]) == " red<|im_end|>"
+    ((start, stop),) = tokens.spans
+    assert tokenizer.decode(tokens.ids[start:stop]) == " red<|im_end|>"
 
 
 BAD_TEMPLATES = {
@@ -309,7 +310,7 @@ def test_wrong_input(chatml: Prompts) -> None:
         (ValueError, r"boxes: expected \(R, 4\)", [Sample(pixels, [], torch.zeros(4))]),
         (ValueError, "expected one of 1 frames", [Sample(pixels, [], random_boxes(1), torch.tensor([1]))]),
         (ValueError, "expected regions of 0 boxes, got 0", [Sample(pixels, [ask])]),
-        (ValueError, "expected a pair with a region", [Sample(pixels, [Pair("chat", "a <box>", "b")])]),
+        (ValueError, "expected a pair with a region", [Sample(pixels, [Pair("bbox_to_caption", "a <box>", "b")])]),
         (PackingError, "expected <box> or <region> in all of a batch", [Sample(pixels, both, random_boxes(1))]),
     ]
     for kind, message, samples in wrong:

@@ -31,14 +31,14 @@ class Numbered:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
         if i in self.broken:
             raise UserError(f"image {i} of {self.number} is broken")
         pixels = torch.zeros(3, size, size, dtype=torch.uint8)
         pixels[0], pixels[1], pixels[2] = self.number, i % 256, flip
         regions = tuple(Region((0.1 * k, 0.2, 0.1 * k + 0.5, 0.9), f"{name} {i}") for k, name in enumerate(CAPTIONS))
         record = Record(f"{self.number}-{i}", size, size, "numbers", "natural", f"image {i}", regions)
-        return record, pixels, BoxTransform.resize((size, size), (size, size))
+        return record, pixels[None], BoxTransform.resize((size, size), (size, size))
 
 
 def drawing(width: int, height: int, boxes: Sequence[Sequence[float]]) -> Image.Image:

@@ -26,7 +26,7 @@ from tests.model.support import byte_level, words
 
 SIZE = 32
 # What depends on the clock or the machine.
-_CLOCK = ("time", "images_per_second", "tokens_per_second", "step_seconds", "memory_gib")
+_CLOCK = ("time", "images_per_second", "tokens_per_second", "step_seconds", "tflops", "mfu", "memory_gib")
 
 Tree = dict[str, Any]
 

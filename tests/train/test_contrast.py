@@ -59,24 +59,26 @@ def caption_rows(batch: PackedBatch, samples: Sequence[Sample]) -> dict[int, str
     return found
 
 
-def plain_contrast(objective: Objective, prompts: Prompts, regions: Tensor, captions: dict[int, str]) -> Tensor:
-    """Pair by pair in float64."""
+def plain_contrast(objective: Objective, prompts: Prompts, regions: Tensor, captions: dict[int, str]) -> list[Tensor]:
+    """Pair by pair in float64: the sigmoid loss, and the distance."""
     assert objective.contrast is not None
     table = objective.model.llava.get_input_embeddings().weight.double()
     texts = {}
     for row, caption in captions.items():
         encoded = prompts.encode([("what", caption)])[0]
-        texts[row] = table[torch.tensor(encoded.ids[encoded.start : encoded.stop - 1])].mean(0)
+        ((start, stop),) = encoded.spans
+        texts[row] = table[torch.tensor(encoded.ids[start : stop - 1])].mean(0)
     centre = sum(texts.values()) / len(texts)
     scale, bias = objective.contrast.scale.double().exp(), objective.contrast.bias.double()
     total = torch.zeros((), dtype=torch.float64)
     for i in captions:
         for j in captions:
-            image, text = regions[i].double(), (texts[j] - centre).detach()
+            image, text = regions[i].double() - centre, (texts[j] - centre).detach()
             cosine = image @ text / image.norm() / text.norm()
             sign = 1 if captions[i] == captions[j] else -1
             total = total - torch.log(torch.sigmoid(sign * (scale * cosine + bias)))
-    return total / len(captions)
+    apart = sum(((regions[i].double() - texts[i]) ** 2).sum() for i in captions)
+    return [total / len(captions), apart / sum((text**2).sum() for text in texts.values())]
 
 
 def different(rng: random.Random, count: int) -> list[str]:
@@ -104,10 +106,47 @@ def test_contrast_is_a_loop_over_pairs(prompts: Prompts, rng: random.Random, dty
     micro = objective.micro(batch)
     losses = objective(micro)
     expected = plain_contrast(objective, prompts, objective.model.regions(batch), captions)
-    assert_close([losses.total, losses.contrastive], [expected, expected], 1e-5)
+    assert_close([losses.total, losses.contrastive, losses.alignment], [sum(expected), *expected], 1e-5)
     parameters = [*objective.contrast.parameters(), *objective.tower.encoder.parameters()]
-    found, wanted = (torch.autograd.grad(total, parameters) for total in (losses.total, expected))
+    found, wanted = (torch.autograd.grad(total, parameters) for total in (losses.total, sum(expected)))
     assert_close(found, wanted, 1e-4)
+
+
+def test_accuracy_is_the_share_of_regions_nearest_to_their_words(prompts: Prompts, rng: random.Random) -> None:
+    """By cosines in float64, one region after the other."""
+    objective = contrasting(tiny(prompts, "region", dtype=torch.float64))
+    a, b, c, d = different(rng, 4)
+    samples = captioned(rng, [a, b, a, None, c, d, b, a])
+    batch = packed(samples, prompts)
+    captions = caption_rows(batch, samples)
+    micro = objective.micro(batch)
+    regions = objective.model.regions(batch).detach()
+    table = objective.model.llava.get_input_embeddings().weight.detach()
+    texts = {}
+    for row, caption in captions.items():
+        encoded = prompts.encode([("what", caption)])[0]
+        texts[row] = table[torch.tensor(encoded.ids[encoded.start : encoded.stop - 1])].mean(0)
+    centre = sum(texts.values()) / len(texts)
+    hits = 0
+    for row in captions:
+        nearest = max(texts, key=lambda other: float(F.cosine_similarity(regions[row], texts[other] - centre, dim=0)))
+        hits += captions[nearest] == captions[row]
+    assert float(objective(micro).accuracy) == pytest.approx(hits / len(captions))
+    half = Counts(micro.tokens, 2 * micro.cells)  # the other half of a step adds its own share
+    assert float(objective(micro, half).accuracy) == pytest.approx(hits / len(captions) / 2)
+
+
+def test_regions_that_are_their_captions_are_all_hits(
+    prompts: Prompts, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = contrasting(tiny(prompts, "region", dtype=torch.float32))
+    assert objective.contrast is not None
+    micro = objective.micro(packed(captioned(rng, different(rng, 7)), prompts))
+    words_of = objective.contrast._captions(objective.model, micro.batch)
+    for sign, share in ((1, 1.0), (-1, 0.0)):
+        regions = sign * (words_of - words_of.mean(0))
+        monkeypatch.setattr(GranViT, "regions", lambda self, batch, value=regions: value)
+        assert float(objective(micro).accuracy) == share
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -117,7 +156,7 @@ def test_regions_with_one_caption_are_all_positives(prompts: Prompts, rng: rando
     assert objective.contrast is not None
     caption = words(rng)
     samples = captioned(rng, [caption] * count)
-    loss = objective(objective.micro(packed(samples, prompts))).total
+    loss = objective(objective.micro(packed(samples, prompts))).contrastive
     expected = -count * F.logsigmoid(objective.contrast.bias)
     assert_close([loss], [expected], 1e-2)
 
@@ -149,7 +188,7 @@ def test_shares_of_contrast_are_weighed_by_their_regions(prompts: Prompts, rng: 
 def test_without_any_caption_the_contrast_is_zero_with_a_zero_gradient(prompts: Prompts, rng: random.Random) -> None:
     objective = contrasting(tiny(prompts, "region", dtype=torch.float32))
     losses = objective(objective.micro(packed(captioned(rng, [None, None, None]), prompts)))
-    assert float(losses.contrastive) == 0
+    assert float(losses.contrastive) == float(losses.alignment) == float(losses.accuracy) == 0
     losses.total.backward()
     grads = [p.grad for p in objective.parameters() if p.grad is not None]
     assert grads
@@ -167,7 +206,7 @@ def test_autocast_rounds_the_tower_and_not_the_contrast(prompts: Prompts, rng: r
     assert regions.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     expected = plain_contrast(objective, prompts, regions, caption_rows(batch, samples))
-    assert_close([loss], [expected], 1e-5)
+    assert_close([loss], [sum(expected)], 1e-5)
 
 
 def test_a_model_without_region_prompts_has_no_contrast(prompts: Prompts, rng: random.Random) -> None:

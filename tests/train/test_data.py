@@ -212,18 +212,18 @@ def test_shards_are_read_by_number_in_any_order(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(ShardSource, "_OPEN", 2)
     assert len(source) == 11
     for i in (*random.sample(range(11), 11), 0, 10, 0):
-        record, pixels, _ = source.read(i, 40, False)
+        record, pixels, _ = source.read(i, 40, False, 0)
         assert (record.key, record.width) == (f"{i:03d}", 60 + 10 * i)
-        assert pixels.shape == (3, 40, 40)
+        assert pixels.shape == (1, 3, 40, 40)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_trained_on(prompts: Prompts, tmp_path: Path, workers: int) -> None:
     source = ShardSource(shards(tmp_path, SIZES))
-    source.read(0, 8, False)  # so that workers inherit an open file
+    source.read(0, 8, False, 0)  # so that workers inherit an open file
     read = list(data_of(prompts, [source], length=6).loader(workers))
     pixels = torch.cat([loaded.batch.pixels for loaded in read if loaded.batch is not None])
-    plain = [source.read(i, SIDE, flip)[1] for i in range(6) for flip in (False, True)]
+    plain = [source.read(i, SIDE, flip, 0)[1][0] for i in range(6) for flip in (False, True)]
     found = [next(j // 2 for j, other in enumerate(plain) if torch.equal(frame, other)) for frame in pixels]
     assert sorted(found) == list(range(6))
 

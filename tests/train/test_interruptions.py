@@ -83,7 +83,7 @@ def test_killed_at_a_random_moment_and_taken_up(whole: Path, tmp_path: Path) -> 
     assert_as(whole, out)
 
 
-@pytest.mark.parametrize("moment", ["weights", "marked", "model", "line"])
+@pytest.mark.parametrize("moment", ["weights", "marked", "model", "line", "evaluated", "evaluated without any"])
 def test_killed_at_a_chosen_moment(whole: Path, tmp_path: Path, moment: str) -> None:
     """What such a kill leaves is made of the whole run: parts of its last files are missing."""
     out = tmp_path / "out"
@@ -94,6 +94,9 @@ def test_killed_at_a_chosen_moment(whole: Path, tmp_path: Path, moment: str) -> 
     last = out / "second" / "checkpoint-6"
     if moment == "model":
         (out / "second" / ".model.partial").mkdir()
+    elif moment.startswith("evaluated"):  # and not saved
+        for folder in [last] if moment == "evaluated" else list((out / "second").glob("checkpoint-*")):
+            shutil.rmtree(folder)
     elif moment == "line":
         shutil.rmtree(last)
         log = out / "metrics.jsonl"
@@ -104,8 +107,31 @@ def test_killed_at_a_chosen_moment(whole: Path, tmp_path: Path, moment: str) -> 
             os.truncate(last / "model.safetensors", 100)
     _, said = train(plain)
     assert ("was not whole, and is deleted" in said) == (moment in ("weights", "marked"))
-    assert f"goes on after step {6 if moment == 'model' else 4}" in said
+    if moment == "evaluated without any":
+        assert "goes on" not in said
+    else:
+        assert f"goes on after step {6 if moment == 'model' else 4}" in said
+    lines = [(line["stage"], line["step"]) for line in metrics(out) if "heldout/caption" in line]
+    assert lines == [("first", 0), ("first", 6), ("second", 0), ("second", 4), ("second", 6)]
     assert_as(whole, out)
+    assert_points_as_lines(out)
+
+
+def assert_points_as_lines(out: Path) -> None:
+    """TensorBoard shows each figure of the log once, and nothing that is not in it."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stage in ("first", "second"):
+        events = EventAccumulator(str(out / "tensorboard" / stage))
+        events.Reload()
+        lines = [line for line in metrics(out) if line["stage"] == stage]
+        for name in ("loss", "grad_norm", "heldout/caption"):
+            expected = [(line["step"], line[name]) for line in lines if name in line]
+            assert expected
+            assert [(e.step, e.value) for e in events.Scalars(name)] == [
+                (step, pytest.approx(value, rel=1e-6)) for step, value in expected
+            ]
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def test_a_line_for_a_person() -> None:
     )
     contrastive = {"loss": 0.5, "contrastive": 0.5, "images_per_second": 1.0, "tokens_per_second": 2.0}
     assert render(contrastive) == "loss 0.500 (contrastive 0.500)  1.0 images/s, 2 tokens/s"
+    contrastive |= {"contrastive/accuracy": 0.4567, "mfu": 0.416}
+    assert render(contrastive) == "loss 0.500 (contrastive 0.500)  accuracy 45.7%  1.0 images/s, 2 tokens/s  MFU 42%"
     assert render({"train_runtime": 3.0}) == ""
 
 
@@ -109,7 +112,8 @@ def test_a_line_of_the_evaluation_for_a_person() -> None:
         "heldout/wrong_image/caption/bbox_to_caption": 9.0,
     }
     assert render(values) == "held out: caption 1.500, bbox_to_caption 1.250, wrong image -0.125"
-    assert render({"heldout/contrastive": 0.75}) == "held out: contrastive 0.750"
+    contrastive = {"heldout/contrastive": 0.75, "heldout/contrastive/accuracy": 0.5}
+    assert render(contrastive) == "held out: contrastive 0.750, accuracy 0.500"
 
 
 def test_the_console_shows_the_stage_the_step_and_the_line(tmp_path: Path) -> None:
@@ -124,17 +128,40 @@ def test_the_console_shows_the_stage_the_step_and_the_line(tmp_path: Path) -> No
     ]
 
 
-def test_tensorboard_has_the_same_figures(tmp_path: Path) -> None:
+def points(folder: Path, stage: str, name: str) -> list[tuple[int, float]]:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log, _ = log_of(tmp_path, tensorboard=True)
-    log.start("one", 9, 0)
-    for step in (3, 6):
-        log.write(step, {"loss": step / 8, "images_per_second": 1.0, "tokens_per_second": 1.0})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard" / stage))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("one/loss")] == [(3, 0.375), (6, 0.75)]
+    return [(e.step, e.value) for e in events.Scalars(name)]
+
+
+def test_tensorboard_has_the_same_figures(tmp_path: Path) -> None:
+    log, _ = log_of(tmp_path, tensorboard=True)
+    for stage, scale in (("one", 8), ("two", 16)):
+        log.start(stage, 9, 0)
+        for step in (3, 6):
+            log.write(step, {"loss": step / scale, "images_per_second": 1.0, "tokens_per_second": 1.0})
+    assert points(tmp_path, "one", "loss") == [(3, 0.375), (6, 0.75)]
+    assert points(tmp_path, "two", "loss") == [(3, 0.1875), (6, 0.375)]
+
+
+@pytest.mark.parametrize(("checkpoint", "left"), [(0, []), (20, [10, 20]), (25, [10, 20]), (40, [10, 20, 30, 40])])
+def test_points_beyond_the_checkpoint_are_forgotten(tmp_path: Path, checkpoint: int, left: list[int]) -> None:
+    """Of the stage that goes on; the one before it had more steps."""
+    log, _ = log_of(tmp_path, tensorboard=True)
+    for stage, steps in (("one", (10, 20, 30, 40, 50)), ("two", (0, 10, 20, 30, 40))):
+        log.start(stage, 50, 0)
+        for step in steps:
+            log.write(step, {"heldout/caption": step / 8})
+    time.sleep(1)  # event files are read in the order of their names, which count seconds
+    again, _ = log_of(tmp_path, tensorboard=True)
+    again.start("two", 50, checkpoint)
+    again.write(checkpoint + 1, {"heldout/caption": 0.5})
+    expected = [(step, step / 8) for step in ([0] if checkpoint else []) + left] + [(checkpoint + 1, 0.5)]
+    assert points(tmp_path, "two", "heldout/caption") == expected
+    assert [step for step, _ in points(tmp_path, "one", "heldout/caption")] == [10, 20, 30, 40, 50]
 
 
 def full(*args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,8 @@ from granvit.data.shards import ShardWriter
 from granvit.errors import UserError
 from granvit.model.assemble import assemble, freeze
 from granvit.recipe import Data, DataSource, Distillation, Model, Recipe, Scenes, Source, Stage, load
-from granvit.train.plan import DEVICES, Device, Plan, StagePlan, layout, measured_cpu, plan, render
+from granvit.train.devices import DEVICES, Device, measured_cpu
+from granvit.train.plan import Plan, StagePlan, layout, plan, render
 
 CPU = Device("a processor", "cpu", 1e12, None, 0.5)
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -209,6 +210,14 @@ def test_layout_of_conversations_and_tiles(model: Model) -> None:
     assert shapes.frames == 10
     assert shapes.pairs == ((180.0, 250.0),)
     assert shapes.prefix == 5 * 36 + 25
+    chat = stage("language", tasks={"chat": 1.0})
+    assert layout(replace(data, tiles=1), chat, 2, 36).frames == 2  # a single tile is the overview
+    scenes = replace(data, train=(DataSource(scenes=Scenes(9)),))
+    assert layout(scenes, stage("vision"), 2, 36).frames == 2  # composed at the size of a frame
+    tiled = plan(recipe(model, chat, train=data.train, tiles=4), CPU)
+    assert tiled.stages[0].image_tokens == 4 * 5 * 36
+    assert "Every image is counted with 5 frames" in render(tiled)
+    assert "frames, itself" not in render(plan(recipe(model, chat, train=data.train), CPU))
 
 
 def test_steps_follow_from_the_data(model: Model, tmp_path: Path) -> None:
@@ -221,6 +230,12 @@ def test_steps_follow_from_the_data(model: Model, tmp_path: Path) -> None:
     sources = (DataSource(scenes=Scenes(100)), DataSource(shards=str(tmp_path)))
     assert one(model, epochs, train=sources).steps == 52  # 206 images in fours
     assert one(model, epochs, train=(DataSource(shards=str(tmp_path / "none")),)).steps is None
+    said = [{"conversations": []}] * 10
+    (tmp_path / "chat.json").write_text(json.dumps(said))
+    chats = stage("vision", tasks={"chat": 1.0}, steps=None, epochs=2.0)
+    for name, steps in (("chat.json", 5), ("none.json", None)):
+        source = DataSource(llava=str(tmp_path / name), images=str(tmp_path))
+        assert one(model, chats, train=(source,)).steps == steps
 
 
 def test_text_of_a_plan(model: Model) -> None:

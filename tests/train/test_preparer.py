@@ -16,8 +16,10 @@ pytest.importorskip("transformers")
 from granvit.data.record import Record, Region
 from granvit.data.tasks import TaskSampler, Templates
 from granvit.geometry import BoxTransform
-from granvit.model.packing import Sample
+from granvit.model.packing import Sample, pack
+from granvit.model.prompts import Prompts, add_special_tokens
 from granvit.train.data import Preparer, ShardSource
+from tests.model.support import byte_level
 from tests.train.pictures import CAPTIONS, COLORS, SIZES, TASKS, Numbered, shards
 
 
@@ -93,10 +95,10 @@ def test_a_region_that_is_mostly_out_of_the_frame_is_left_out() -> None:
         def __len__(self) -> int:
             return 1
 
-        def read(self, i: int, size: int, flip: bool) -> tuple[Record, Tensor, BoxTransform]:
+        def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
             boxes = [(0.0, 0.0, 0.4, 1.0), (0.3, 0.0, 0.56, 0.5), (0.1, 0.25, 0.7, 0.75), (0.6, 0.5, 0.8, 1.0)]
             regions = tuple(Region(box, name) for box, name in zip(boxes, CAPTIONS, strict=False))
-            pixels = torch.zeros(3, size, size, dtype=torch.uint8)
+            pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
             record = Record("half", 2 * size, size, "test", "natural", None, regions)
             return record, pixels, BoxTransform.crop((size, 2 * size), (size, 0, 2 * size, size))
 
@@ -165,3 +167,27 @@ def test_the_same_seed_and_epoch_give_the_same_sample() -> None:
     assert made(1, 1) == made(1, 1)
     assert made(1, 1) != made(1, 2)
     assert made(1, 1) != made(2, 1)
+
+
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_tiles_come_behind_the_overview_and_boxes_stay_on_it(tmp_path: Path, flip: float) -> None:
+    source = ShardSource(shards(tmp_path, SIZES))
+    side = 64
+    plain, tiled = (Preparer(TaskSampler(TASKS), side, "region", flip, tiles=tiles) for tiles in (0, 6))
+    frames = []
+    for i in range(len(SIZES)):
+        alone, sample = plain(source, i, 0), tiled(source, i, 0)
+        assert torch.equal(sample.pixels[:1], alone.pixels)
+        assert torch.equal(sample.boxes, alone.boxes)
+        assert sample.pairs == alone.pairs
+        frames.append(len(sample.pixels))
+    assert frames == [7, 7, 5, 7, 7, 7]  # two rows of three or three of two, and of the square two of two
+    tokenizer = byte_level()
+    add_special_tokens(tokenizer)
+    batch = pack([tiled(source, i, 0) for i in range(len(SIZES))], Prompts(tokenizer), 4, 900)
+    starts = torch.tensor([0, *batch.frames[:-1]]).cumsum(0)
+    assert set(batch.image_index.tolist()) <= set(starts.tolist())
+    assert torch.equal(batch.pixels[starts], torch.cat([plain(source, i, 0).pixels for i in batch.order]))

@@ -63,7 +63,9 @@ def test_every_line_has_what_a_person_needs(trained: tuple[Path, str]) -> None:
     ]
     for line in training:
         task = "bbox_to_caption" if line["stage"] == "first" else "caption_to_bbox"
-        wanted = ["images_per_second", "tokens_per_second", "memory_gib", "learning_rate", "grad_norm"]
+        wanted = ["images_per_second", "tokens_per_second", "memory_gib", "learning_rate", "grad_norm", "tflops"]
+        parts = ("vision", "projector", "prompts") if line["stage"] == "first" else ("projector", "language")
+        wanted += [f"learning_rate/{part}" for part in parts]
         wanted += ["by/caption/global_caption", f"by/caption/{task}/large", "wrong_image/caption"]
         wanted += ["by/distillation/large", "distillation"] if line["stage"] == "first" else []
         assert not [name for name in wanted if name not in line], line
@@ -73,6 +75,34 @@ def test_every_line_has_what_a_person_needs(trained: tuple[Path, str]) -> None:
     assert "wrong image" in said
     assert "images/s" in said
     assert "GiB" in said
+    assert said.count("the log has tflops and no mfu") == 1  # nobody knows what this processor reaches
+    assert not any("mfu" in line for line in training)
+
+
+def test_each_part_has_its_own_rate_in_the_log(tmp_path: Path) -> None:
+    """That of the step which the line is about, warm-up and all."""
+    plain = tree(tmp_path, stage1(steps=4, warmup=2, schedule="constant", rates={"vision": 1e-2}))
+    train(plain)
+    lines = [line for line in metrics(plain["output"]) if "loss" in line]
+    for line, share in zip(lines, (0, 0.5, 1, 1), strict=True):
+        rates = {name: value for name, value in line.items() if name.startswith("learning_rate/")}
+        assert rates == {
+            "learning_rate/vision": pytest.approx(share * 1e-2),
+            "learning_rate/projector": pytest.approx(share * 3e-3),
+            "learning_rate/prompts": pytest.approx(share * 3e-3),
+        }
+
+
+def test_the_share_of_a_known_peak_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("granvit.train.run._peak", lambda model: 5e12)
+    plain = tree(tmp_path, stage2(steps=2))
+    _, said = train(plain)
+    assert "no mfu" not in said
+    assert "MFU 0%" in said
+    lines = [json.loads(line) for line in (Path(plain["output"]) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert ("mfu" in line) == ("loss" in line)
+        assert line.get("mfu", 0) == pytest.approx(line.get("tflops", 0) / 5)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,12 @@ def test_contrastive_stage(tmp_path: Path) -> None:
     losses = [line["contrastive"] for line in lines if "loss" in line]
     assert sum(losses[-4:]) < sum(losses[:4])
     assert lines[-1]["heldout/contrastive"] > 0
+    for line in lines:
+        accuracy = line["contrastive/accuracy" if "loss" in line else "heldout/contrastive/accuracy"]
+        regions = 3 * 12 if "loss" in line else 15  # of three steps, of all held-out images
+        assert 0 <= accuracy <= 1
+        assert accuracy * regions == pytest.approx(round(accuracy * regions), abs=1e-4)
+        assert line.get("loss") == line.get("contrastive")
 
 
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
