@@ -15,8 +15,8 @@ from granvit.eval.picture import read_metrics
 from granvit.eval.scores import Answer
 from granvit.eval.sources import Source, of_identity
 from granvit.recipe import Recipe, load
+from granvit.train.checkpoints import MODEL, RESOLVED
 from granvit.train.log import METRICS
-from granvit.train.run import MODEL, RESOLVED
 
 EVALUATION, BEFORE, PROBES = "evaluation", "before", "probes.json"
 _PARTS = {

@@ -19,7 +19,7 @@ from granvit.eval.report_html import case, explained, number, section, shown_pix
 from granvit.eval.report_run import BEFORE, Evaluated, Run, sources_of
 from granvit.eval.scores import HEADINGS, score
 from granvit.recipe import DataSource, Stage, to_yaml
-from granvit.train.run import RESOLVED
+from granvit.train.checkpoints import RESOLVED
 
 TASK_NAMES = {
     "global_caption": "global captions",
