@@ -13,11 +13,13 @@ from granvit.annotate.cli import app as annotation
 from granvit.data.cli import app as data
 from granvit.errors import UserError
 from granvit.eval.cli import app as evaluation
+from granvit.eval.view import app as view
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Region ops for Vision Transformers.")
 data.add_typer(annotation)
 app.add_typer(data, name="data")
 app.add_typer(evaluation)
+app.add_typer(view)
 
 
 @app.command()

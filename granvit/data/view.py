@@ -16,6 +16,7 @@ from granvit.data.stream import RegionStream, Sample
 from granvit.errors import UserError, why_not_written
 
 TEMPLATE = Path(__file__).with_name("view.html")
+STYLE = Path(__file__).with_name("page.css")  # of all pages
 SIDE = 400  # of the pictures in the page, at most
 QUALITY = 80
 
@@ -57,6 +58,7 @@ def write_page(
     # In a script element nothing but its end tag has a meaning.
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     page = TEMPLATE.read_text()
+    page = page.replace("__STYLE__", STYLE.read_text())
     page = page.replace("__TITLE__", html.escape(title or Path(folder).resolve().name)).replace("__DATA__", data)
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granvit.errors import MissingDependencyError
+from granvit.eval.cases import best_typical_worst
+from granvit.eval.metrics import iou, rouge_l
 from granvit.eval.predict import Answered, Prediction
 
 if TYPE_CHECKING:
@@ -16,6 +18,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RIGHT, WRONG, TRUE = "#1a7f37", "#c6362c", "#ffd33d"
+
+
+def sorted_columns(answered: Sequence[Answered], task: str, count: int = 3) -> dict[str, list[Answered]]:
+    """Columns for :func:`draw_predictions`: the best, typical and worst answers of a task, one in a picture.
+
+    By IoU for Caption2Bbox, by ROUGE-L for other tasks; see :func:`granvit.eval.cases.best_typical_worst`.
+
+    Args:
+        answered: images and what was answered.
+        task: whose answers.
+        count: of each, at most.
+    """
+    found = [Answered(image.pixels, (one,)) for image in answered for one in image.predictions if one.pair.task == task]
+    columns = best_typical_worst([_worth(image.predictions[0]) for image in found], count)
+    return {name: [found[i] for i in numbers] for name, numbers in columns.items() if numbers}
+
+
+def _worth(prediction: Prediction) -> float:
+    if prediction.pair.task != "caption_to_bbox":
+        return rouge_l(prediction.answer, [prediction.pair.answer])
+    if prediction.box is None or prediction.pair.box is None:
+        return 0.0
+    return iou(prediction.box, prediction.pair.box)
 
 
 def draw_predictions(columns: Mapping[str, Sequence[Answered]], path: Path, *, title: str = "") -> None:
@@ -30,7 +55,7 @@ def draw_predictions(columns: Mapping[str, Sequence[Answered]], path: Path, *, t
         title: over all of it.
     """
     rows = max((len(images) for images in columns.values()), default=0)
-    figure = _figure(3.4 * len(columns), 3.6 * rows + 0.5)
+    figure = new_figure(3.4 * len(columns), 3.6 * rows + 0.5)
     panels = figure.subplots(rows, len(columns), squeeze=False)
     for column, (heading, images) in enumerate(columns.items()):
         for row in range(rows):
@@ -107,7 +132,7 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: of the picture, a PNG.
     """
     stages = list(dict.fromkeys(line["stage"] for line in metrics))
-    figure = _figure(4.2 * max(len(stages), 1), 3.4)
+    figure = new_figure(4.2 * max(len(stages), 1), 3.4)
     panels = figure.subplots(1, max(len(stages), 1), squeeze=False)[0]
     for panel, stage in zip(panels, stages, strict=False):
         lines = [line for line in metrics if line["stage"] == stage]
@@ -129,7 +154,12 @@ def _curve(panel: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: st
         panel.plot(*zip(*points, strict=True), label=label, marker=marker, linestyle=style, linewidth=1.4)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
