@@ -20,6 +20,7 @@ from granvit.recipe import Recipe, load
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "miniature" / "cpu.yaml"
 TASKS = {"bbox_to_caption": ("rouge_l", "exact_match"), "caption_to_bbox": ("accuracy_50", "mean_iou")}
+_CONTROL = "-wrong-image"
 _ASKED = 12  # held-out images
 _TOKENS = 32  # of an answer, room for a box
 _PROBED = 200  # training images that the linear probe learns from
@@ -100,17 +101,17 @@ def _evaluate(recipe: Recipe, folder: Path, console: Console) -> dict[str, dict[
     first = stages[0]
     asking = Asking(tuple(TASKS), first.regions, first.prompt, first.style)
     models = {BEFORE: folder / BEFORE} | {stage.name: folder / stage.name / MODEL for stage in stages}
-    models[f"{stages[-1].name}-wrong-image"] = models[stages[-1].name]
+    models[stages[-1].name + _CONTROL] = models[stages[-1].name]
     found = {}
     for name, model in models.items():
         place = folder / EVALUATION / name
         report = read_evaluation(place)
         if report is None:
-            console.print(f"held-out questions: {name.replace('-', ', ', 1)}", highlight=False)
+            console.print(f"held-out questions: {_shown(name)}", highlight=False)
             if name == BEFORE:
                 save_start(recipe, model)
             settings = Settings(
-                asking, _ASKED, wrong_image=name.endswith("-wrong-image"), max_new_tokens=_TOKENS, device=_device()
+                asking, _ASKED, wrong_image=name.endswith(_CONTROL), max_new_tokens=_TOKENS, device=_device()
             )
             with _bar("images") as tell:
                 report = evaluate(model, of_recipe(recipe), settings, place, progress=tell)
@@ -147,6 +148,10 @@ def _probe(recipe: Recipe, folder: Path, console: Console) -> None:
     console.print(table(report))
 
 
+def _shown(name: str) -> str:
+    return name.removesuffix(_CONTROL) + (", wrong image" if name.endswith(_CONTROL) else "")
+
+
 def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
     from granvit.eval.scores import HEADINGS
 
@@ -158,5 +163,5 @@ def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
         cells = [
             f"{report['metrics'][task]['all'][metric]:.3f}" for task, metrics in TASKS.items() for metric in metrics
         ]
-        made.add_row(name.replace("-", ", ", 1), *cells)
+        made.add_row(_shown(name), *cells)
     return made

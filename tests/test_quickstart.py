@@ -1,4 +1,4 @@
-"""The quickstart on a tiny recipe: what it reports, draws and prints, and that it goes on where it stopped."""
+"""The quickstart on a tiny recipe: what it leaves and prints, and that it goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import torch
 from rich.console import Console
 
 from granvit import quickstart
@@ -35,35 +35,61 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     return path, folder / "out", said.getvalue()
 
 
-def test_the_report_has_losses_before_and_after_and_answers(made: tuple[Path, Path, str]) -> None:
-    stages = json.loads((made[1] / "report.json").read_text())["stages"]
-    assert list(stages) == ["warm", "first", "second"]
-    lines = [json.loads(line) for line in (made[1] / "metrics.jsonl").read_text().splitlines()]
-    for stage, term in (("warm", "contrastive"), ("first", "caption"), ("second", "caption")):
-        heldout = [line for line in lines if line["stage"] == stage and f"heldout/{term}" in line]
-        assert [line["step"] for line in heldout] == [0, 3 if stage == "warm" else 4]
-        assert stages[stage][f"{term}/before"] == heldout[0][f"heldout/{term}"]
-        assert stages[stage][f"{term}/after"] == heldout[1][f"heldout/{term}"]
-    for stage, task in (("first", "bbox_to_caption"), ("second", "caption_to_bbox")):
-        assert 0 <= stages[stage][f"{task}/right"] <= 1
-        assert stages[stage][f"{task}/asked"] > 0
+def test_models_before_and_after_answer_the_same_questions(made: tuple[Path, Path, str]) -> None:
+    place = made[1] / "evaluation"
+    names = ["before", "first", "second", "second-wrong-image"]
+    assert sorted(path.name for path in place.iterdir() if path.is_dir()) == names
+    asked = []
+    for name in names:
+        report = json.loads((place / name / "evaluation.json").read_text())
+        assert set(report["metrics"]) == {"bbox_to_caption", "caption_to_bbox"}
+        assert report["config"]["wrong_image"] is (name == "second-wrong-image")
+        answers = [json.loads(line) for line in (place / name / "answers.jsonl").read_text().splitlines()]
+        asked.append([answer["question"] for answer in answers if "question" in answer])
+    assert asked[0]
+    assert all(questions == asked[0] for questions in asked)
+    checkpoints = [json.loads((place / name / "evaluation.json").read_text())["checkpoint"] for name in names]
+    assert len({checkpoint["sha256"] for checkpoint in checkpoints}) == 3
+    assert not (made[1] / "before").exists()
+
+
+def test_towers_are_probed_before_and_after(made: tuple[Path, Path, str]) -> None:
+    towers = json.loads((made[1] / "evaluation" / "probes.json").read_text())["towers"]
+    assert [tower["name"] for tower in towers] == ["before", "warm", "first"]
+    assert len({tower["sha256"] for tower in towers}) == 3
+
+
+def test_the_page_lacks_nothing(made: tuple[Path, Path, str]) -> None:
+    page = (made[1] / "report.html").read_text()
+    assert "Not there" not in page
+    for section in ("metrics", "losses", "probes", "cases", "attention"):
+        assert f'id="{section}"' in page
+
+
+def test_the_export_is_the_last_stage_in_plain_transformers(made: tuple[Path, Path, str]) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    from granvit.model import checkpoint
+
+    exported = LlavaForConditionalGeneration.from_pretrained(made[1] / "llava").state_dict()
+    trained = checkpoint.load(made[1] / "second" / "model").model.llava.state_dict()
+    assert exported.keys() == trained.keys()
+    for name, value in exported.items():
+        torch.testing.assert_close(value, trained[name].to(value.dtype), rtol=0, atol=0)
 
 
 def test_what_a_person_sees(made: tuple[Path, Path, str]) -> None:
-    for name in ("curves.png", "predictions.png"):
-        with Image.open(made[1] / name) as picture:
-            picture.load()
-            assert min(picture.size) > 300
-        assert name in made[2].replace("\n", "")
-    assert "wrong image costs" in made[2]
-    assert "minutes" in made[2]
+    said = made[2].replace("\n", "")
+    for text in ("ROUGE-L", "second, wrong image", "linear, accuracy", "verified", "report.html", "minutes"):
+        assert text in said
 
 
 def test_a_second_call_only_reports(made: tuple[Path, Path, str]) -> None:
-    before = (made[1] / "metrics.jsonl").read_bytes()
+    kept = [made[1] / "metrics.jsonl", *sorted((made[1] / "evaluation").glob("*/answers.jsonl"))]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept]
     said = io.StringIO()
     assert quickstart.run(recipe=made[0], console=Console(file=said, width=120)) == 0
-    assert (made[1] / "metrics.jsonl").read_bytes() == before
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept] == before
     assert said.getvalue().count("finished before") == 3
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from granvit.data.tasks import Pair
-from granvit.eval.metrics import Box, exact_match, iou
+from granvit.eval.metrics import Box
 from granvit.geometry import parse_boxes
 from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
@@ -29,13 +29,6 @@ class Prediction:
     pair: Pair
     answer: str
     box: Box | None = None
-
-    @property
-    def right(self) -> bool:
-        """The same words but for case, spaces and the punctuation at the end; a box with an IoU of at least 0.5."""
-        if self.pair.task == "caption_to_bbox":
-            return self.pair.box is not None and self.box is not None and iou(self.pair.box, self.box) >= 0.5
-        return bool(exact_match(self.answer, [self.pair.answer]))
 
 
 @dataclass(frozen=True)
@@ -98,9 +91,3 @@ def predict(
             predictions.append(Prediction(pair, text, boxes[0] if boxes else None))
         found.append(Answered(sample.pixels[0], tuple(predictions)))
     return found
-
-
-def share_right(answered: Sequence[Answered], task: str) -> tuple[float, int]:
-    """Share of a task's questions that were answered right, and how many there were."""
-    asked = [p for image in answered for p in image.predictions if p.pair.task == task]
-    return (sum(p.right for p in asked) / len(asked) if asked else 0.0), len(asked)

@@ -11,12 +11,11 @@ from typing import Any
 
 from granvit.errors import UserError
 from granvit.eval.answers import read_answers, read_evaluation
-from granvit.eval.picture import read_metrics
 from granvit.eval.scores import Answer
 from granvit.eval.sources import Source, of_identity
 from granvit.recipe import Recipe, load
 from granvit.train.checkpoints import MODEL, RESOLVED
-from granvit.train.log import METRICS
+from granvit.train.log import METRICS, read_metrics
 
 EVALUATION, BEFORE, PROBES = "evaluation", "before", "probes.json"
 _PARTS = {
@@ -110,7 +109,8 @@ def read_run(folder: str | Path) -> Run:
         if name not in plain and owners:
             controls[max(owners, key=len)] = one
     order = [BEFORE, *stages]
-    missing += [f"no evaluation {_whose(name)}" for name in order if name not in plain]
+    answering = [BEFORE, *(stage.name for stage in recipe.stages if stage.objective == "caption")]
+    missing += [f"no evaluation {_whose(name)}" for name in answering if name not in plain]
     rest = [name for name in plain if name not in order]
     evaluations = [plain[name] for name in (*order, *rest) if name in plain]
     probes = _json(folder / EVALUATION / PROBES)

@@ -11,13 +11,12 @@ from typing import Any
 from granvit._recipe_reading import dump_yaml
 from granvit.data.shards import INDEX, ShardError, read_index, sha256
 from granvit.data.tasks import Templates
-from granvit.eval.picture import read_metrics
 from granvit.export import _snippets as snippets
 from granvit.export.source import Found
 from granvit.export.verify import Difference
 from granvit.model.granvit import GranViT
 from granvit.recipe import DataSource, Recipe, to_yaml
-from granvit.train.log import METRICS
+from granvit.train.log import METRICS, read_metrics
 
 _LIBRARY = {"llava": "transformers", "vision": "transformers", "region-head": "granvit"}
 _PIPELINE = {"llava": "image-text-to-text", "vision": "image-feature-extraction", "region-head": "feature-extraction"}

@@ -136,3 +136,12 @@ def render(values: Mapping[str, float]) -> str:
         gap = heldout.get("wrong_image/caption")
         found.append(f"held out: {', '.join(shown)}" + ("" if gap is None else f", wrong image {gap:+.3f}"))
     return "  ".join(found)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
