@@ -159,5 +159,5 @@ def _number(value: float | None) -> str:
 def _cell(values: dict[str, float], name: str) -> str:
     if name not in values:
         return "no names repeat"
-    interval = "" if name == "map" else f" ({values['low']:.2f} to {values['high']:.2f})"
+    interval = "" if name == "map" else f"\n{values['low']:.2f}-{values['high']:.2f}"
     return f"{values[name]:.3f}{interval}"

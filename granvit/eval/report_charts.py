@@ -9,6 +9,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from granvit.eval.picture import new_figure
+from granvit.train.meters import TERMS
 
 Points = Sequence[tuple[float, float]]
 # Told apart by those who do not see red or green, and on a light ground as well as on a dark one.
@@ -123,7 +124,7 @@ def _subjects(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[Series
         return Series(label, [(line["step"], line[name]) for line in lines if name in line], dots)
 
     names = dict.fromkeys(name for line in lines for name in line)
-    losses = [of(name, name) for name in ("caption", "contrastive", "distillation")]
+    losses = [of(name, name) for name in TERMS]
     losses += [of(f"heldout/{name}", f"{name}, held out", True) for name in ("caption", "contrastive")]
     by_task = [of(name, name.removeprefix("by/caption/")) for name in names if _parts(name, "by/caption/") == 1]
     by_task += [
