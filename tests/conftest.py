@@ -47,6 +47,25 @@ if _dispatch.INTERPRETED:
 
     interpreter.InterpreterBuilder.create_dot = dot
 
+    # A launch exchanges the functions of triton.language for interpreted ones. So does, in Triton, each call of a device
+    # function within it, to no effect, since by then they are exchanged; but looking through the whole language each
+    # time takes as long as the arithmetic.
+    exchange, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    exchanged: set[int] = set()  # the namespaces, by id, that were exchanged since the launch
+
+    def exchange_once(fn: Any) -> Any:
+        if id(fn.__globals__) in exchanged:
+            return interpreter._LangPatchScope()
+        exchanged.add(id(fn.__globals__))
+        return exchange(fn)
+
+    def launch_anew(self: Any, *arguments: Any, **constants: Any) -> None:
+        exchanged.clear()
+        launch(self, *arguments, **constants)
+
+    interpreter._patch_lang = exchange_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
