@@ -48,9 +48,9 @@ if _dispatch.INTERPRETED:
 
     interpreter.InterpreterBuilder.create_dot = dot
 
-    # A launch exchanges the functions of triton.language for interpreted ones. So does, in Triton, each call of a device
-    # function within it, to no effect, since by then they are exchanged; but looking through the whole language each
-    # time takes as long as the arithmetic.
+    # A launch exchanges the functions of triton.language for interpreted ones. So does, in Triton, each call of a
+    # device function within it, to no effect, since by then they are exchanged; but looking through the whole language
+    # each time takes as long as the arithmetic.
     exchange, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     exchanged: set[int] = set()  # the namespaces, by id, that were exchanged since the launch
 

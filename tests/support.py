@@ -185,7 +185,7 @@ def run_interpreted(file: str, selection: str = "triton and not interpreter") ->
 
 
 def run_at_isa(isa: str, file: str, selection: str) -> None:
-    """Runs a test file's tests of CPU kernels named `selection` in a process that is held to one CPU instruction set."""
+    """Runs a test file's tests of CPU kernels named `selection` in a process held to one CPU instruction set."""
     probe = "import granvit, sys; sys.exit(granvit.EXTENSION.core.cpu_isa() != sys.argv[1])"
     environment = {**os.environ, "GRANVIT_CPU_ISA": isa}
     found = subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True, text=True)

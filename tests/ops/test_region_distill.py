@@ -30,7 +30,7 @@ from tests.support import (
 
 KERNELS = kernels("region_distill")
 EVERYWHERE = [*KERNELS, ("cpu", "reference")]
-# In the interpreter, whose time goes with the number of programs: still two tiles an image, and three blocks of channels.
+# The interpreter's time goes with the number of programs: still two tiles an image, and three blocks of channels.
 SHAPES = [((13, 17), 21 if _dispatch.INTERPRETED else 37, (7, 5)), ((1, 2), 3, (1, 1))]
 if not _dispatch.INTERPRETED:  # in which it would take a minute each time
     SHAPES.append(((9, 5), 290, (6, 9)))
