@@ -185,7 +185,7 @@ def run_interpreted(file: str, selection: str = "triton and not interpreter") ->
 
 
 def run_at_isa(isa: str, file: str, selection: str) -> None:
-    """Runs a test file's tests named `selection` in a process that is held to one CPU instruction set."""
+    """Runs a test file's tests of CPU kernels named `selection` in a process held to one CPU instruction set."""
     probe = "import granvit, sys; sys.exit(granvit.EXTENSION.core.cpu_isa() != sys.argv[1])"
     environment = {**os.environ, "GRANVIT_CPU_ISA": isa}
     found = subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True, text=True)
@@ -195,6 +195,6 @@ def run_at_isa(isa: str, file: str, selection: str) -> None:
     # -p no:... : a worker of a parallel run must not hand its own settings down.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
     run = subprocess.run(
-        [*command, "-k", f"{selection} and cpu"], env=environment, capture_output=True, text=True, timeout=600
+        [*command, "-k", f"{selection} and cpu-cpu"], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-4000:]

@@ -29,7 +29,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SANITIZE = os.environ.get("GRANVIT_SANITIZE") == "1"  # set by run_sanitized
 # Fibers share frames' addresses in ways that stack checks do not follow; what matters here is in the heap.
-SANITIZER_FLAGS = ["-fsanitize=address", "--param=asan-stack=0", "-g"]
+# Checks that are calls, and lines without variables, compile in less than half the time.
+CALLED_CHECKS = "--param=asan-instrumentation-with-call-threshold=0"
+SANITIZER_FLAGS = ["-fsanitize=address", "--param=asan-stack=0", CALLED_CHECKS, "-g1"]
 
 
 def compiler() -> str:

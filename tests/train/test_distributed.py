@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
@@ -80,7 +81,10 @@ def _shard_on_cpu() -> None:
 
 
 def on_two(plain: dict[str, Any], stop_after: int = 0, *, shard_on_cpu: bool = True) -> None:
-    context = mp.spawn(worker, args=(plain, free_port(), stop_after, shard_on_cpu), nprocs=2, join=False)
+    # Forked from a server that has imported everything, but has run nothing: imports take longer than these steps.
+    multiprocessing.set_forkserver_preload([__name__, "granvit.train.trainer"])
+    arguments = (plain, free_port(), stop_after, shard_on_cpu)
+    context = mp.start_processes(worker, args=arguments, nprocs=2, join=False, start_method="forkserver")
     deadline = time.monotonic() + PATIENCE
     while not context.join(timeout=5):
         if time.monotonic() > deadline:  # ranks that wait for each other would wait for ever
