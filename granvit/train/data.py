@@ -22,7 +22,7 @@ from granvit.data.record import Record, Region
 from granvit.data.scenes import SceneComposer
 from granvit.data.shards import Shard, open_shard, read_index
 from granvit.data.tasks import Pair, TaskSampler
-from granvit.errors import UserError
+from granvit.errors import MissingDependencyError, UserError
 from granvit.geometry import BoxTransform, clip, format_box
 from granvit.model.packing import PackedBatch, Sample, pack
 from granvit.model.prompts import Prompts
@@ -182,7 +182,7 @@ class Loaded:
     """What the trainer gets for a micro-batch.
 
     Attributes:
-        batch: packed; None where every sample of it was skipped.
+        batch: packed; one without images or tokens where no sample could be read, or none is left. None after an error.
         images: in it.
         skipped: what should have been in it.
         error: why a worker process could not go on.
@@ -202,7 +202,8 @@ class TrainingData(IterableDataset[Loaded]):
     """A run of packed micro-batches without an end; which samples are in number n depends on the settings and n alone.
 
     Epoch follows epoch without a seam. Of the samples of micro-batch n of all ranks, rank r has every w-th. So a run
-    that stopped goes on with :attr:`first`, and the number of workers changes nothing.
+    that stopped goes on with :attr:`first`, and the number of workers changes nothing. What cannot be read is left out,
+    and the micro-batch says so.
 
     Args:
         sources: what is read.
@@ -217,7 +218,6 @@ class TrainingData(IterableDataset[Loaded]):
         seed: of the order.
         length: images of all ranks after which it ends; None is never.
         pad_to_multiple_of: see :func:`granvit.model.packing.pack`.
-        skip_broken: leave out and report what cannot be read; else the error is raised.
     """
 
     def __init__(
@@ -235,7 +235,6 @@ class TrainingData(IterableDataset[Loaded]):
         seed: int = 0,
         length: int | None = None,
         pad_to_multiple_of: int = 1,
-        skip_broken: bool = False,
     ) -> None:
         if micro_batch < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -246,8 +245,7 @@ class TrainingData(IterableDataset[Loaded]):
         self.mixture = Mixture([len(source) for source in sources], weights, seed=seed)
         self.tokens_per_frame, self.max_length = tokens_per_frame, max_length
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-        self.length = length
-        self.pad_to_multiple_of, self.skip_broken = pad_to_multiple_of, skip_broken
+        self.length, self.pad_to_multiple_of = length, pad_to_multiple_of
         self.first = 0  # micro-batch that the next iteration begins with
 
     def __iter__(self) -> Iterator[Loaded]:
@@ -282,20 +280,19 @@ class TrainingData(IterableDataset[Loaded]):
         """Micro-batch `number`.
 
         Raises:
-            UserError: a sample cannot be read, or a row is too short for an image.
+            UserError: a row is too short for an image, or a package that reads images is missing.
         """
         samples, skipped = [], []
         for epoch, source, i in self.places(number):
             try:
                 samples.append(self.prepare(self.sources[source], i, epoch))
+            except MissingDependencyError:
+                raise
             except UserError as error:
-                if not self.skip_broken:
-                    raise
                 skipped.append(Skipped(source, i, str(error)))
-        if not samples:
-            return Loaded(None, 0, skipped)
+        nothing = Sample(torch.empty(0, 3, self.prepare.size, self.prepare.size, dtype=torch.uint8), [])
         batch = pack(
-            samples,
+            samples or [nothing],  # so that this rank takes the step that the others take
             self.prompts,
             self.tokens_per_frame,
             self.max_length,

@@ -193,6 +193,7 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
             data,
             heldout,
             workers=recipe.data.workers,
+            max_broken=recipe.data.max_broken,
             log=log,
             stop=stop,
             costs=costs,

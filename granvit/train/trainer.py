@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
+from granvit.data.sources import Broken, SourceError
 from granvit.recipe import Stage
 from granvit.train._counting import Costs, work_of
 from granvit.train.checkpoints import (
@@ -28,7 +29,7 @@ from granvit.train.checkpoints import (
     rotate,
 )
 from granvit.train.data import Loaded, TrainingData
-from granvit.train.evaluation import ACCURACY, heldout_losses, look_again
+from granvit.train.evaluation import ACCURACY, heldout_losses, look_again, of_all_ranks
 from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
 from granvit.train.meters import TERMS, Meters
@@ -54,6 +55,7 @@ class StageTrainer(Trainer):
         data: what to train on.
         heldout: what to evaluate on, finite; None for nothing.
         workers: processes that read ahead.
+        max_broken: share of the samples that may be unreadable, see :class:`granvit.data.sources.Broken`.
         log: where lines go.
         stop: who is asked after each step whether to end early.
         costs: of what a micro-batch holds.
@@ -69,6 +71,7 @@ class StageTrainer(Trainer):
         heldout: TrainingData | None,
         *,
         workers: int,
+        max_broken: float,
         log: RunLog,
         stop: Stop,
         costs: Costs,
@@ -77,6 +80,8 @@ class StageTrainer(Trainer):
         self._stop, self._stop_signal = stop, 0
         self.objective, self.stage, self.run_log = objective, stage, log
         self._data, self._heldout, self._workers = data, heldout, workers
+        self._max_broken, self._broken = max_broken, Broken(max_broken)
+        self._said: set[str] = set()
         self._costs = costs
         super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[Steps(self)])
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -144,11 +149,14 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Loaded], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and what its means run over, on all ranks."""
-        micros = [self._counted(next(epoch_iterator)) for _ in range(num_batches)]
+        loaded = [next(epoch_iterator) for _ in range(num_batches)]
+        micros = [self._counted(x) for x in loaded]
+        reasons = [skip.reason for x in loaded for skip in x.skipped]
         sums = torch.tensor(
             [
                 sum(m.tokens for m in micros),
                 sum(m.cells for m in micros),
+                len(reasons),
                 float(self._stop.signal == signal.SIGTERM),
                 float(self._stop.signal == signal.SIGINT),
             ],
@@ -156,18 +164,28 @@ class StageTrainer(Trainer):
         )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(device)).cpu()
-        tokens, cells, terminated, interrupted = sums.tolist()
+        tokens, cells, broken, terminated, interrupted = sums.tolist()
         # Agreed on here, since all ranks have to stop after the same step.
         self._stop_signal = int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
+        # Counted on all ranks alike, which end together.
+        reasons = of_all_ranks(reasons) if broken else []
+        self._tally.add_skipped(len(reasons))
+        self._leave_out(reasons, self.stage.batch_size, self._broken)
         return micros, Counts(tokens, cells)
 
+    def _leave_out(self, reasons: Sequence[str], wanted: int, broken: Broken) -> None:
+        """Says once of each sample why it cannot be read, and ends the run where there are too many of them."""
+        for reason in reasons:
+            if reason not in self._said:
+                self._said.add(reason)
+                self.run_log.note(f"left out: {reason}")
+        try:
+            broken.add(wanted, reasons)
+        except SourceError as error:
+            raise TrainingError(f"data: {error}. {self.left()}") from error
+
     def _counted(self, loaded: Loaded) -> Micro:
-        for skip in loaded.skipped:
-            self.run_log.note(f"left out sample {skip.sample} of source {skip.source}: {skip.reason}")
-        if loaded.batch is None:
-            raise TrainingError(
-                "no image of a whole micro-batch could be read; `granvit data verify` looks for the cause"
-            )
+        assert loaded.batch is not None
         micro = self.objective.micro(loaded.batch)
         self._tally.add(loaded, self._costs.needed(work_of(self.objective, micro)))
         return micro
@@ -290,6 +308,12 @@ class StageTrainer(Trainer):
         return float(self.accelerator.reduce(total) if self.args.world_size > 1 else total)
 
     def _check_terms(self, terms: dict[str, float]) -> None:
+        wanted_images = self._tally.steps * self.stage.batch_size
+        if self._tally.skipped == wanted_images:
+            raise TrainingError(
+                f"step {self.state.global_step}: none of the {wanted_images} samples since the last line of the log "
+                f"could be read. {self.left()}"
+            )
         wanted = ["contrastive"] if self.objective.contrastive else ["caption"]
         wanted += ["distillation"] if self.stage.distillation is not None else []
         gone = [name for name in wanted if not terms.get(name)]
@@ -308,6 +332,11 @@ class StageTrainer(Trainer):
             self._terms = {name: term.to(self.args.device) for name, term in window["terms"].items()}
             self._meters.load(window["meters"])
             self._tally.load(window["tally"])
+        # Of all ranks, and the same for each; there is always a first.
+        first = self._resumed and self._resumed / WINDOW.format(rank=0)
+        if first is not None:
+            counts = torch.load(first, map_location="cpu", weights_only=True)
+            self._broken.wanted, self._broken.count = counts["wanted"], counts["broken"]
 
     def _restart(self) -> None:
         self._terms.clear()
@@ -325,10 +354,16 @@ class StageTrainer(Trainer):
         if self._heldout is None:
             return {}
         with self._tally.pause():
-            found = heldout_losses(
+            means, broken = heldout_losses(
                 self.model_wrapped, self.objective, self._heldout, self.args.device, wrong_image=self.stage.wrong_image
             )
-        found = {f"heldout/{name}": value for name, value in found.items()}
+        wanted = self._heldout.length or 0
+        self._leave_out(broken, wanted, Broken(self._max_broken))
+        if len(broken) == wanted:
+            raise TrainingError(f"data.heldout: none of the {wanted} samples could be read. {self.left()}")
+        found = {f"heldout/{name}": value for name, value in means.items()}
+        if broken:
+            found["heldout/skipped"] = float(len(broken))
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -338,7 +373,13 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite()
         folder = checkpoint_folder(Path(str(self.args.output_dir)), self.state.global_step)
-        window = {"terms": self._terms, "meters": self._meters.state(), "tally": self._tally.state()}
+        window = {
+            "terms": self._terms,
+            "meters": self._meters.state(),
+            "tally": self._tally.state(),
+            "wanted": self._broken.wanted,
+            "broken": self._broken.count,
+        }
         with self._tally.pause():
             try:
                 super()._save_checkpoint(model, trial)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ pytest.importorskip("transformers")
 from granvit.data.record import Record
 from granvit.data.shards import ShardError, ShardWriter
 from granvit.data.tasks import TaskSampler
-from granvit.errors import UserError
+from granvit.errors import MissingDependencyError, UserError
 from granvit.model.prompts import Prompts, add_special_tokens
 from granvit.train.data import Loaded, Preparer, SceneSource, ShardSource, Source, TrainingData
 from tests.model.support import byte_level
@@ -51,8 +52,9 @@ def data_of(prompts: Prompts, sources: Sequence[Source], **options: Any) -> Trai
 
 def shown(loaded: Loaded) -> list[tuple[int, int]]:
     """(source, sample) of each image, in the order of the samples."""
-    if loaded.batch is None:
+    if not loaded.images:
         return []
+    assert loaded.batch is not None
     places = loaded.batch.pixels[:, :2, 0, 0].tolist()
     return [(a, b) for _, (a, b) in sorted(zip(loaded.batch.order, places, strict=True))]
 
@@ -123,7 +125,7 @@ def test_a_length_is_kept_and_ranks_have_as_many_micro_batches(prompts: Prompts,
     read = [place for loaded in (*ranks[0], *ranks[1]) for place in shown(loaded)]
     assert len(read) == len(set(read)) == length
     assert sum(loaded.images for loaded in (*ranks[0], *ranks[1])) == length
-    assert all((loaded.batch is None) == (loaded.images == 0) for loaded in (*ranks[0], *ranks[1]))
+    assert all(len(shown(loaded)) == loaded.images for loaded in (*ranks[0], *ranks[1]))
 
 
 def test_a_finite_run_ends_with_workers_too(prompts: Prompts) -> None:
@@ -150,15 +152,8 @@ def test_settings_that_make_no_sense_are_refused(prompts: Prompts) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_sample_is_an_error_of_one_sentence(prompts: Prompts, workers: int) -> None:
-    data = data_of(prompts, [Numbered(0, 40, broken=[17])])
-    with pytest.raises(UserError, match=r"^image 17 of 0 is broken$"):
-        list(itertools.islice(data.loader(workers), 14))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_samples_are_left_out_and_reported_where_that_is_wanted(prompts: Prompts, workers: int) -> None:
-    data = data_of(prompts, [Numbered(0, 9), Numbered(1, 15, broken=[2, 11])], skip_broken=True, length=24)
+def test_broken_samples_are_left_out_and_reported(prompts: Prompts, workers: int) -> None:
+    data = data_of(prompts, [Numbered(0, 9), Numbered(1, 15, broken=[2, 11])], length=24)
     read = list(data.loader(workers))
     skipped = sorted((s.source, s.sample, s.reason) for loaded in read for s in loaded.skipped)
     assert skipped == [(1, 2, "image 2 of 1 is broken"), (1, 11, "image 11 of 1 is broken")]
@@ -167,21 +162,30 @@ def test_broken_samples_are_left_out_and_reported_where_that_is_wanted(prompts: 
     assert sum(loaded.images for loaded in read) == 22
 
 
-def test_a_micro_batch_of_broken_samples_alone_has_no_batch(prompts: Prompts) -> None:
-    loaded = data_of(prompts, [Numbered(0, 3, broken=range(3))], skip_broken=True).load(0)
-    assert loaded.batch is None
+def test_a_micro_batch_of_broken_samples_alone_is_one_of_nothing(prompts: Prompts) -> None:
+    loaded = data_of(prompts, [Numbered(0, 3, broken=range(3))], pad_to_multiple_of=8).load(0)
     assert loaded.images == 0
     assert len(loaded.skipped) == 3
+    assert loaded.batch is not None
+    assert loaded.batch.pixels.shape == (0, 3, SIDE, SIDE)
+    assert loaded.batch.input_ids.shape == (1, 8)
+    assert int(loaded.batch.image.max()) == -1  # padding
+    assert (loaded.batch.pairs, len(loaded.batch.supervised), len(loaded.batch.boxes)) == ([], 0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_too_short_for_an_image_is_one_sentence(prompts: Prompts, workers: int) -> None:
-    for skip in (False, True):  # no sample is to blame, so none is left out for it
-        data = data_of(prompts, [Numbered(0, 3)], max_length=5, skip_broken=skip)
-        with pytest.raises(
-            UserError, match=r"^max_length: expected at least the \d+ tokens of an image's prefix, got 5$"
-        ):
-            next(data.loader(workers))
+    """No sample is to blame, so none is left out for it."""
+    data = data_of(prompts, [Numbered(0, 3)], max_length=5)
+    with pytest.raises(UserError, match=r"^max_length: expected at least the \d+ tokens of an image's prefix, got 5$"):
+        next(data.loader(workers))
+
+
+def test_a_missing_package_is_no_broken_sample(prompts: Prompts, tmp_path: Path, monkeypatch: Any) -> None:
+    data = data_of(prompts, [ShardSource(shards(tmp_path, SIZES))])
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingDependencyError, match="reading images needs pillow"):
+        data.load(0)
 
 
 @pytest.mark.parametrize("prompt", ["box", "region", "mixed"])
@@ -241,17 +245,18 @@ def test_what_is_wrong_with_a_shard_is_one_sentence(prompts: Prompts, tmp_path: 
         else:  # whole, and yet another than the index says
             shards(tmp_path / "short", SIZES[:1])
             (tmp_path / "short" / "000000.tar").replace(folder / "000001.tar")
+        source = ShardSource(folder)
         with pytest.raises(ShardError, match=text):
-            list(data_of(prompts, [ShardSource(folder)], length=4).loader(0))
-        skipping = data_of(prompts, [ShardSource(folder)], length=4, skip_broken=True)
+            source.read(2, 8, False, 0)
+        skipping = data_of(prompts, [source], length=4)
         assert sorted(s.sample for loaded in skipping.loader(0) for s in loaded.skipped) == [2, 3]
 
 
 def test_a_broken_image_in_a_shard_is_named(prompts: Prompts, tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.add(Record("bad", 64, 48, "test", "natural", "it"), b"\x89PNG\r\n\x1a\nnot at all", "png")
-    with pytest.raises(UserError, match=r"^000000\.tar: bad: "):
-        data_of(prompts, [ShardSource(tmp_path)]).load(0)
+    (skipped, *_) = data_of(prompts, [ShardSource(tmp_path)]).load(0).skipped
+    assert skipped.reason.startswith("000000.tar: bad: ")
 
 
 @pytest.mark.parametrize("kind", ["natural", "ocr"])
