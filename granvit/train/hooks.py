@@ -41,7 +41,6 @@ class Steps(TrainerCallback):
 
     def __init__(self, trainer: StageTrainer) -> None:
         self._trainer = trainer
-        self._checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,9 +53,7 @@ class Steps(TrainerCallback):
     ) -> None:
         """Looks at the learning rates and the first gradients."""
         self._trainer.note_learning_rates()
-        if not self._checked:
-            self._trainer.check_gradients()
-            self._checked = True
+        self._trainer.check_gradients()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

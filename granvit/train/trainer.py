@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from granvit.data.sources import Broken, SourceError
-from granvit.recipe import Stage
+from granvit.recipe import PARTS, Stage
 from granvit.train._counting import Costs, work_of
 from granvit.train.checkpoints import (
     COMPLETE,
@@ -34,11 +34,12 @@ from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
 from granvit.train.meters import TERMS, Meters
 from granvit.train.objective import Counts, Losses, Micro, Objective
-from granvit.train.parts import TrainingError, check_gradients, optimizer_groups
+from granvit.train.parts import GradientCheck, TrainingError, food, optimizer_groups
 from granvit.train.stopping import Stop
 from granvit.train.tally import Tally
 
 _KEPT = 2  # checkpoints of a stage
+_PATIENCE = 100  # steps within which each part that trains should have had something to learn from
 
 
 class StageTrainer(Trainer):
@@ -100,6 +101,7 @@ class StageTrainer(Trainer):
         self._last: Micro | None = None
         self._tally = Tally(args.device, args.world_size, peak)
         self._resumed: Path | None = None
+        self._fed: set[str] = set()
         self._group_parts: list[str] = []
         self._learning_rates: dict[str, float] = {}
 
@@ -159,12 +161,14 @@ class StageTrainer(Trainer):
                 len(reasons),
                 float(self._stop.signal == signal.SIGTERM),
                 float(self._stop.signal == signal.SIGINT),
+                *(sum(x) for x in zip(*(food(m, self.objective.contrastive) for m in micros), strict=True)),
             ],
             dtype=torch.float64,
         )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(device)).cpu()
-        tokens, cells, broken, terminated, interrupted = sums.tolist()
+        tokens, cells, broken, terminated, interrupted, *fed = sums.tolist()
+        self._fed = {part for part, amount in zip(PARTS, fed, strict=True) if amount}
         # Agreed on here, since all ranks have to stop after the same step.
         self._stop_signal = int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
         # Counted on all ranks alike, which end together.
@@ -265,12 +269,12 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def check_gradients(self) -> None:
-        """That what should train has a gradient, and nothing else has.
+        """That what should train has a gradient, and nothing else has; see :class:`granvit.train.parts.GradientCheck`.
 
         Raises:
             TrainingError: one of them is not so.
         """
-        check_gradients(self.objective, self.stage, self.args.device)
+        self._gradients.look(self._fed)
 
     # ---- the log ----------------------------------------------------------------------------------------------------
 
@@ -325,6 +329,9 @@ class StageTrainer(Trainer):
 
     def begin(self) -> None:
         """Begins to count for the next line, or goes on where the checkpoint was written between two."""
+        # A run that goes on may have few steps left, and those before are not known.
+        patience = None if self._resumed else min(_PATIENCE, self.state.max_steps)
+        self._gradients = GradientCheck(self.objective, self.stage, self.args.device, patience)
         self._restart()
         path = self._resumed and self._resumed / WINDOW.format(rank=self.args.process_index)
         if path is not None and path.exists():  # not where it was written by fewer processes

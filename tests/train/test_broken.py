@@ -99,6 +99,16 @@ def test_held_out_ones_are_counted_alone(tmp_path: Path) -> None:
         train(plain)
 
 
+def test_a_disk_that_goes_away_ends_the_run_however_many_may_be_broken(tmp_path: Path) -> None:
+    write_shards(tmp_path / "nothing", 9, broken=range(9))
+    plain = plain_of(tmp_path, stage2(steps=4, log_every=2), heldout=[], max_broken=0.9)
+    plain["data"]["train"] = [{"shards": str(tmp_path / "nothing")}]
+    with pytest.raises(
+        TrainingError, match="step 2: none of the 8 samples since the last line of the log could be read"
+    ):
+        train(plain)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_a_rank_of_which_no_sample_can_be_read_takes_the_step_with_the_others(tmp_path: Path, parallel: str) -> None:
     """Micro-batches of one: each broken sample leaves a rank without any."""

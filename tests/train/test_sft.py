@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from rich.console import Console
 pytest.importorskip("ijson")
 
 from granvit.data.conversations import Conversations
+from granvit.data.mixing import Mixture
 from granvit.data.tasks import TaskSampler
 from granvit.errors import UserError
 from granvit.model import checkpoint
@@ -158,6 +160,33 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_trained(tmp_path
         with pytest.raises(UserError, match=message):
             run(small(tmp_path, more), overwrite=True)
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_steps_of_text_alone_are_no_sign_of_a_part_that_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order, the tower is judged when it has seen an image; where it never does, that is said."""
+    recipe = small(tmp_path, "stages.sft.batch_size=1", "stages.sft.micro_batch=1", "data.workers=0", "data.heldout=[]")
+    assert "vision" in recipe.stages[0].train
+    path = tmp_path / "chat.json"
+    entries = json.loads(path.read_text())
+    alone = [entry for entry in entries if "image" not in entry]
+    path.write_text(json.dumps(alone + entries[1:2]))
+    monkeypatch.setattr(Mixture, "positions", in_order)
+    assert run(recipe) == 0
+    lines = metrics(tmp_path / "out")
+    assert len(lines) == 2 * (len(alone) + 1)
+    path.write_text(json.dumps(alone))
+    sentence = (
+        f"vision, projector should train in stage sft, and in {2 * len(alone)} steps the data held nothing to learn"
+    )
+    with pytest.raises(UserError, match=sentence):
+        run(recipe, overwrite=True)
+
+
+def in_order(self: Mixture, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one source, the samples as they are numbered."""
+    return np.zeros(end - begin, np.int64), np.arange(begin, end)
 
 
 def test_two_processes_with_text_alone_train_as_one(tmp_path: Path) -> None:
