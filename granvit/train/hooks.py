@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from granvit.train.data import Loaded, TrainingData
+from granvit.train.log import LogError
 from granvit.train.parts import TrainingError
 
 if TYPE_CHECKING:
@@ -84,5 +85,5 @@ class Steps(TrainerCallback):
         if state.is_world_process_zero and logs is not None:
             try:
                 self._trainer.run_log.write(state.global_step, logs)
-            except OSError as error:
-                raise TrainingError(f"the log cannot be written: {error}. {self._trainer.left()}") from error
+            except LogError as error:
+                raise TrainingError(f"{error}. {self._trainer.left()}") from error

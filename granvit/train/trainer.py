@@ -209,7 +209,11 @@ class StageTrainer(Trainer):
         """Keeps for the log what the step at hand is taken with; afterwards the schedule has gone on."""
         assert self.optimizer is not None
         groups = zip(self._group_parts, self.optimizer.param_groups, strict=True)
-        self._learning_rates = {part: float(group["lr"]) for part, group in groups if part}
+        rates = {part: float(group["lr"]) for part, group in groups if part}
+        # The schedule moves all groups alike, and what is logged as the rate is the stage's.
+        first = self.optimizer.param_groups[0]
+        main = self.stage.learning_rate * float(first["lr"] / first["initial_lr"])
+        self._learning_rates = {"learning_rate": main} | {f"learning_rate/{part}": x for part, x in rates.items()}
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -293,8 +297,7 @@ class StageTrainer(Trainer):
         terms = {name: self._sum(term) / self._tally.steps for name, term in self._terms.items()}
         self._check_terms(terms)
         line = {"loss": sum(self._weight(name) * value for name, value in terms.items() if name != ACCURACY)}
-        line |= terms | {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
-        line |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates.items()}
+        line |= terms | self._learning_rates | {name: logs[name] for name in ("grad_norm",) if name in logs}
         line |= {f"by/{name}": value for name, value in self._meters.means().items() if "/" in name}
         if self._last is not None and not self.objective.contrastive:
             line |= look_again(self.model_wrapped, self._last, self.args.device, wrong_image=self.stage.wrong_image)

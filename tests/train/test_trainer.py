@@ -103,6 +103,17 @@ def test_a_step_is_adamw_on_the_mean_gradient_and_then_the_teacher(
             torch.testing.assert_close(after[twin].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_the_rate_of_the_log_is_that_of_the_stage(tmp_path: Path) -> None:
+    """Of the step that the line is about, whatever the first of the parts has."""
+    first = stage1(steps=4, warmup=2, schedule="linear", learning_rate=1e-3, rates={"vision": 1e-2})
+    train(tree(tmp_path, first))
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    for line, share in zip(lines, (0, 0.5, 1, 0.5), strict=True):
+        assert line["learning_rate"] == pytest.approx(1e-3 * share)
+        assert line["learning_rate/vision"] == pytest.approx(1e-2 * share)
+        assert line["learning_rate/prompts"] == pytest.approx(1e-3 * share)
+
+
 def test_teacher_moves_once_a_step_with_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     update = Teacher.update
