@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from granvit._recipe_reading import RecipeError, apply_overrides, convert, dump_yaml, load_yaml
-from granvit.data.sources import MAX_BROKEN
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
 
+MAX_BROKEN = 0.01  # of the samples, where nobody says how many
 PARTS = ("vision", "projector", "language", "prompts")
 Prompt = Literal["text", "box", "region", "mixed"]
 

@@ -7,20 +7,15 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from granvit.data.conversations import Conversations
-from granvit.data.images import frames, tile_grid, tiled
 from granvit.data.mixing import Mixture
 from granvit.data.record import Record, Region
-from granvit.data.scenes import SceneComposer
-from granvit.data.shards import Shard, open_shard, read_index
+from granvit.data.sources import Source
 from granvit.data.tasks import Pair, TaskSampler
 from granvit.errors import MissingDependencyError, UserError
 from granvit.geometry import BoxTransform, clip, format_box
@@ -29,75 +24,6 @@ from granvit.model.prompts import Prompts
 
 PLACEHOLDERS = {"box": "<box>", "region": "<region>"}
 _KEPT = 0.25  # of a region's area has to be in the frame
-
-
-class Source(Protocol):
-    """Images with records, by number."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
-        """The record of image i, its frames uint8 ``(frames, 3, size, size)``, and the way of its boxes to the first.
-
-        Frames are those of :func:`granvit.data.images.frames`, with at most `tiles` beside the overview.
-        """
-        ...
-
-
-class ShardSource:
-    """A folder of shards, read in any order; files are opened when they are needed, in the process that needs them.
-
-    Raises:
-        ShardError: no index.
-    """
-
-    _OPEN = 32  # shards at a time
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._shards = read_index(folder)
-        self._ends = np.cumsum([shard.samples for shard in self._shards])
-        self._open: dict[int, Shard] = {}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
-
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
-        """See :class:`Source`."""
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        within = i - (int(self._ends[number - 1]) if number else 0)
-        shard = self._open.pop(number, None) or open_shard(self.folder, self._shards[number])
-        self._open[number] = shard  # the last of them is the one that was used last
-        if len(self._open) > self._OPEN:
-            self._open.pop(next(iter(self._open))).close()
-        record = shard.record(within)
-        name = f"{shard.path.name}: {record.key}"
-        return record, *frames(shard.image(within), (size, size), tiles, flip=flip, name=name)
-
-
-class SceneSource:
-    """Scenes composed when they are asked for.
-
-    Args:
-        composer: of the scenes.
-        count: how many there are; the first is number 0.
-    """
-
-    def __init__(self, composer: SceneComposer, count: int) -> None:
-        self.composer, self._count = composer, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
-        """See :class:`Source`."""
-        record, image = self.composer[i]
-        shown, frame = (image.height, image.width), (size, size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return record, *tiled(pixels, shown, frame, tile_grid(shown, frame, tiles), flip=flip)
 
 
 @dataclass(frozen=True)
@@ -132,20 +58,20 @@ class Preparer:
             return Sample(pixels, [conversation])
         rng = random.Random(f"{self.seed} {epoch} {i}")
         mirrored = rng.random() < self.flip
-        record, pixels, transform = source.read(i, self.size, mirrored, self.tiles)
-        if mirrored and record.kind != "natural":
-            record, pixels, transform = source.read(i, self.size, False, self.tiles)
-        shown = self._as_shown(record, transform)
+        image = source.read(i, self.size, flip=mirrored, tiles=self.tiles)
+        if mirrored and image.record.kind != "natural":
+            image = source.read(i, self.size, tiles=self.tiles)
+        shown = self._as_shown(image.record, image.transform)
         pairs = self.sampler(shown, epoch).pairs
         regions = list(dict.fromkeys(pair.region for pair in pairs if pair.region is not None))
         row = {region: row for row, region in enumerate(regions)}
         boxes = torch.tensor([shown.regions[region].box for region in regions], dtype=torch.float32).reshape(-1, 4)
         asked = [self._prompted(pair, shown, rng) for pair in pairs]
         return Sample(
-            pixels,
+            image.frames,
             [replace(pair, region=None if pair.region is None else row[pair.region]) for pair in asked],
             boxes,
-            kind=record.kind,
+            kind=image.record.kind,
         )
 
     def _as_shown(self, record: Record, transform: BoxTransform) -> Record:

@@ -20,10 +20,11 @@ pytest.importorskip("transformers")
 
 from granvit.data.record import Record
 from granvit.data.shards import ShardError, ShardWriter
+from granvit.data.sources import Scenes, Shards, Source
 from granvit.data.tasks import TaskSampler
 from granvit.errors import MissingDependencyError, UserError
 from granvit.model.prompts import Prompts, add_special_tokens
-from granvit.train.data import Loaded, Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.data import Loaded, Preparer, TrainingData
 from tests.model.support import byte_level
 from tests.train.pictures import CAPTIONS, SIZES, TASKS, Numbered, shards
 
@@ -182,7 +183,7 @@ def test_a_row_too_short_for_an_image_is_one_sentence(prompts: Prompts, workers:
 
 
 def test_a_missing_package_is_no_broken_sample(prompts: Prompts, tmp_path: Path, monkeypatch: Any) -> None:
-    data = data_of(prompts, [ShardSource(shards(tmp_path, SIZES))])
+    data = data_of(prompts, [Shards(shards(tmp_path, SIZES))])
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(MissingDependencyError, match="reading images needs pillow"):
         data.load(0)
@@ -212,29 +213,29 @@ def test_the_token_of_a_prompt_stands_for_the_region_that_is_asked_about(prompts
 
 
 def test_shards_are_read_by_number_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = ShardSource(shards(tmp_path, [(60 + 10 * i, 50) for i in range(11)], samples=3))
-    monkeypatch.setattr(ShardSource, "_OPEN", 2)
+    source = Shards(shards(tmp_path, [(60 + 10 * i, 50) for i in range(11)], samples=3))
+    monkeypatch.setattr(Shards, "_OPEN", 2)
     assert len(source) == 11
     for i in (*random.sample(range(11), 11), 0, 10, 0):
-        record, pixels, _ = source.read(i, 40, False, 0)
+        record, pixels, _, _ = source.read(i, 40)
         assert (record.key, record.width) == (f"{i:03d}", 60 + 10 * i)
         assert pixels.shape == (1, 3, 40, 40)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_trained_on(prompts: Prompts, tmp_path: Path, workers: int) -> None:
-    source = ShardSource(shards(tmp_path, SIZES))
-    source.read(0, 8, False, 0)  # so that workers inherit an open file
+    source = Shards(shards(tmp_path, SIZES))
+    source.read(0, 8)  # so that workers inherit an open file
     read = list(data_of(prompts, [source], length=6).loader(workers))
     pixels = torch.cat([loaded.batch.pixels for loaded in read if loaded.batch is not None])
-    plain = [source.read(i, SIDE, flip, 0)[1][0] for i in range(6) for flip in (False, True)]
+    plain = [source.read(i, SIDE, flip=flip).pixels for i in range(6) for flip in (False, True)]
     found = [next(j // 2 for j, other in enumerate(plain) if torch.equal(frame, other)) for frame in pixels]
     assert sorted(found) == list(range(6))
 
 
 def test_what_is_wrong_with_a_shard_is_one_sentence(prompts: Prompts, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="no such file; a folder of shards has an index"):
-        ShardSource(tmp_path / "none")
+        Shards(tmp_path / "none")
     for name, harm, text in (
         ("cut", "other", r"000001\.tar: holds 1 samples, and 2 by the index"),
         ("gone", "delete", r"000001\.tar: No such file"),
@@ -245,9 +246,9 @@ def test_what_is_wrong_with_a_shard_is_one_sentence(prompts: Prompts, tmp_path: 
         else:  # whole, and yet another than the index says
             shards(tmp_path / "short", SIZES[:1])
             (tmp_path / "short" / "000000.tar").replace(folder / "000001.tar")
-        source = ShardSource(folder)
+        source = Shards(folder)
         with pytest.raises(ShardError, match=text):
-            source.read(2, 8, False, 0)
+            source.read(2, 8)
         skipping = data_of(prompts, [source], length=4)
         assert sorted(s.sample for loaded in skipping.loader(0) for s in loaded.skipped) == [2, 3]
 
@@ -255,7 +256,7 @@ def test_what_is_wrong_with_a_shard_is_one_sentence(prompts: Prompts, tmp_path: 
 def test_a_broken_image_in_a_shard_is_named(prompts: Prompts, tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.add(Record("bad", 64, 48, "test", "natural", "it"), b"\x89PNG\r\n\x1a\nnot at all", "png")
-    (skipped, *_) = data_of(prompts, [ShardSource(tmp_path)]).load(0).skipped
+    (skipped, *_) = data_of(prompts, [Shards(tmp_path)]).load(0).skipped
     assert skipped.reason.startswith("000000.tar: bad: ")
 
 
@@ -265,9 +266,12 @@ def test_scenes_are_trained_on(prompts: Prompts, kind: str) -> None:
         pytest.importorskip(package)
     from granvit.data.scenes import SceneComposer
 
-    composer = SceneComposer(random.randrange(1000), size=128, kind=kind)
+    seed = random.randrange(1000)
+    composer = SceneComposer(seed, size=128, kind=kind)
     prepare = Preparer(TaskSampler({"bbox_to_caption": 1}, regions=50), 64, flip=1.0)
-    data = data_of(prompts, [SceneSource(composer, 4)], prepare=prepare, length=4, max_length=9000)
+    data = data_of(
+        prompts, [Scenes(4, kind=kind, split="train", seed=seed, size=128)], prepare=prepare, length=4, max_length=9000
+    )
     read = list(data.loader(1))
     assert sum(loaded.images for loaded in read) == 4
     frames = [frame for loaded in read if loaded.batch is not None for frame in loaded.batch.pixels]
