@@ -15,6 +15,7 @@ from granvit._recipe_reading import RecipeError, apply_overrides, convert, dump_
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
 
+MAX_BROKEN = 0.01  # of the samples, where nobody says how many
 PARTS = ("vision", "projector", "language", "prompts")
 Prompt = Literal["text", "box", "region", "mixed"]
 
@@ -158,6 +159,8 @@ class Data:
         workers: processes that read and prepare, of each rank.
         flip: share of the images that are mirrored, boxes with them; not where there is text, and no conversations.
         tiles: most tiles beside the overview with which a large image is shown; 0 is the overview alone.
+        max_broken: share of the samples that may be unreadable, of 1,000 or more. They are left out and counted; a run
+            with more of them ends. 0 ends it at the first.
     """
 
     train: tuple[DataSource, ...]
@@ -166,12 +169,15 @@ class Data:
     workers: int = 2
     flip: float = 0.0
     tiles: int = 0
+    max_broken: float = MAX_BROKEN
 
     def __post_init__(self) -> None:
         if not self.train:
             raise RecipeError("train", "expected at least one source, got none")
         _at_least(self, 1, "max_length")
-        _at_least(self, 0, "workers", "flip", "tiles")
+        _at_least(self, 0, "workers", "flip", "tiles", "max_broken")
+        if self.max_broken >= 1:
+            raise RecipeError("max_broken", f"expected a share of less than 1, got {self.max_broken}")
         if self.flip > 1:
             raise RecipeError("flip", f"expected a share of at most 1, got {self.flip}")
         weighted = [source.weight is not None for source in self.train]

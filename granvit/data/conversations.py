@@ -13,6 +13,7 @@ from torch import Tensor
 from granvit.data.images import frames
 from granvit.data.importers.base import field, json_items, json_lines
 from granvit.data.progress import progress_bar
+from granvit.data.sources import image_bytes
 from granvit.data.tasks import Pair
 from granvit.errors import UserError
 
@@ -77,7 +78,7 @@ class Conversations:
             The conversation without ``<image>``, and uint8 ``(frames, 3, size, size)``; no frame without an image.
 
         Raises:
-            ConversationError, AnnotationError, ImageError: what is wrong with the entry or its image.
+            ConversationError, AnnotationError, SourceError, ImageError: what is wrong with the entry or its image.
         """
         begin, end = self._ends[i : i + 2].tolist()
         entry = json.loads(self._text[begin:end].numpy().tobytes())
@@ -95,11 +96,7 @@ class Conversations:
         if image is None:
             return pair, torch.empty(0, 3, size, size, dtype=torch.uint8)
         path = self.images / image
-        try:
-            data = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise ConversationError(f"{where}: {path}: {getattr(error, 'strerror', None) or error}") from error
-        return pair, frames(data, (size, size), tiles, name=f"{where}: {path}")[0]
+        return pair, frames(image_bytes(path, where), (size, size), tiles, name=f"{where}: {path}")[0]
 
 
 def _needed(entry: Any) -> Any:

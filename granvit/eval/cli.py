@@ -52,6 +52,13 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that are answered together.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 64,
+    tiles: Annotated[
+        int | None,
+        typer.Option(help="Most tiles beside a large image; left out, the training's, or 0."),
+    ] = None,
+    max_broken: Annotated[
+        float | None, typer.Option(help="Share of images that may be unreadable; left out, the training's, or 0.01.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: _Device = None,
@@ -68,6 +75,7 @@ def evaluate(
     from granvit.eval.questions import Asking, SettingsError
     from granvit.eval.runner import Settings
     from granvit.eval.runner import evaluate as run
+    from granvit.recipe import MAX_BROKEN
 
     found = find_model(model)
     stage = found.stage
@@ -79,7 +87,12 @@ def evaluate(
         ambiguous,
         seed,
     )
-    settings = Settings(asking, images, wrong_image, batch_size, max_new_tokens, seed, dtype, _device(device))
+    trained = found.recipe.data if found.recipe else None
+    if tiles is None:
+        tiles = trained.tiles if trained else 0
+    if max_broken is None:
+        max_broken = trained.max_broken if trained else MAX_BROKEN
+    settings = Settings(asking, images, wrong_image, batch_size, max_new_tokens, tiles, seed, dtype, _device(device))
     if data:
         sources = open_sources(data, images=image_folder, seed=seed, size=_frame(found.folder))
     elif found.recipe is not None:
@@ -94,7 +107,9 @@ def evaluate(
             settings,
             out,
             overwrite=overwrite,
+            max_broken=max_broken,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            note=lambda text: bar.console.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     if as_json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
@@ -102,6 +117,8 @@ def evaluate(
     console = Console(width=None)
     for name in report["metrics"]:
         console.print(table(name, report["metrics"][name]))
+    if report["counts"]["not read"]:
+        console.print(f"not read: {report['counts']['not read']} images")
     for reason, count in report["counts"]["not asked"].items():
         console.print(f"not asked: {count} x {reason}")
     console.print(f"wrote {out}/evaluation.json", highlight=False, soft_wrap=True)

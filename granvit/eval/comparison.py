@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granvit.data.shards import write_atomically
+from granvit.data.sources import Source
 from granvit.errors import UserError, why_not_written
 from granvit.eval.features import Tower, features
 from granvit.eval.probes import probe
 from granvit.eval.provenance import device_name, versions
-from granvit.eval.sources import Source, chosen
+from granvit.eval.sources import chosen
 
 if TYPE_CHECKING:
     from rich.table import Table

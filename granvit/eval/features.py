@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from granvit import geometry
+from granvit.data.sources import Shown, Source
 from granvit.eval.metrics import normalised
-from granvit.eval.sources import Shown, Source
 from granvit.geometry import BoxTransform
 from granvit.model.tower import grid_of, normalise, patch_of, vision_tokens
 from granvit.ops import region_attention, roi_align

@@ -10,9 +10,9 @@ import torch
 
 from granvit.data.scenes.composer import SCENE_KINDS
 from granvit.data.shards import INDEX
+from granvit.data.sources import Questions, Scenes, Shards, Source
 from granvit.errors import UserError
 from granvit.eval.features import Tower
-from granvit.eval.sources import Questions, Scenes, Shards, Source
 from granvit.model.assemble import assemble_tower
 from granvit.model.checkpoint import SETTINGS
 from granvit.model.checkpoint import load as load_checkpoint

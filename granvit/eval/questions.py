@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from granvit.data.record import Record
+from granvit.data.sources import Shown
 from granvit.data.tasks import TASKS, Pair, ambiguous_captions, bbox_to_caption, caption_to_bbox, global_caption
 from granvit.errors import UserError
 from granvit.eval.metrics import Box, overlap
-from granvit.eval.sources import Shown
 from granvit.geometry import BOX_STYLES, BoxTransform, clip, format_box
 
 QUESTION = "question"  # the task of a question that comes with its image

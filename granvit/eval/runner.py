@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
-from granvit.errors import UserError
+from granvit.data.sources import Broken, Shown, Source
+from granvit.errors import MissingDependencyError, UserError
 from granvit.eval.answers import AnswerFile, read_evaluation, write_evaluation
 from granvit.eval.metrics import rouge_scorer
 from granvit.eval.predict import predict
 from granvit.eval.provenance import device_name, versions
 from granvit.eval.questions import QUESTION, Asked, Asking, SettingsError, ask, back
 from granvit.eval.scores import Answer, summary
-from granvit.eval.sources import Shown, Source, checksum, chosen
+from granvit.eval.sources import checksum, chosen
 from granvit.model import checkpoint
 from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
+from granvit.recipe import MAX_BROKEN
 
 FORMAT = "granvit evaluation 1"
 DTYPES = ("float32", "bfloat16")
@@ -41,6 +43,7 @@ class Settings:
         wrong_image: show the next image of the source in place of each, the control for what is known without looking.
         batch_size: questions that are answered together.
         max_new_tokens: of an answer, at most.
+        tiles: with which a large image is shown beside the overview, at most; as in training.
         seed: of the draw of images.
         dtype: of the weights and the arithmetic.
         device: as torch names it.
@@ -54,6 +57,7 @@ class Settings:
     wrong_image: bool = False
     batch_size: int = 32
     max_new_tokens: int = 64
+    tiles: int = 0
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -63,6 +67,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}: expected at least 1, got {value}")
+        if self.tiles < 0:
+            raise SettingsError(f"tiles: expected at least 0, got {self.tiles}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -74,7 +80,9 @@ def evaluate(
     folder: str | Path,
     *,
     overwrite: bool = False,
+    max_broken: float = MAX_BROKEN,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Answers every question once and writes ``evaluation.json``; the same call goes on where it was stopped.
 
@@ -87,7 +95,10 @@ def evaluate(
         settings: how.
         folder: of the results; one of another evaluation is refused.
         overwrite: delete the results that are there.
+        max_broken: share of the images that may be unreadable, see :class:`granvit.data.sources.Broken`; they are left
+            out, and counted as ``not read``.
         progress: is told how far it is.
+        note: is told of each image that cannot be read.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -106,8 +117,9 @@ def evaluate(
         if done is not None:
             return done
         began = time.perf_counter()
-        skipped = _answer(model, sources, numbers, settings, file, progress)
-        report = _report(model, config, settings, file.read(), sum(map(len, numbers)), skipped)
+        broken = Broken(max_broken)
+        skipped = _answer(model, sources, numbers, settings, file, broken, progress, note)
+        report = _report(model, config, settings, file.read(), broken, skipped)
         report["seconds"] = round(time.perf_counter() - began, 3)
         write_evaluation(folder, report)
     return report
@@ -140,7 +152,9 @@ def _answer(
     numbers: Sequence[Sequence[int]],
     settings: Settings,
     file: AnswerFile,
+    broken: Broken,
     progress: Progress | None,
+    note: Callable[[str], None] | None,
 ) -> Counter[str]:
     """Answers what is not answered yet; counts the regions that could not be asked about, of all images."""
     loaded = checkpoint.load(folder)
@@ -154,19 +168,42 @@ def _answer(
         width = settings.batch_size if source.asks else max(1, settings.batch_size // 4)
         for begin in range(0, len(own), width):
             part = own[begin : begin + width]
-            own_images = [source.read(i, loaded.image_size) for i in part]
+            read, reasons = _read(source, part, loaded.image_size, settings.tiles)
+            if note is not None:
+                for reason in reasons:
+                    note(f"left out: {reason}")
+            broken.add(len(part), reasons)
+            own_images = list(read.values())
             asked = [ask(image, settings.asking, skipped) for image in own_images]
-            if chunk not in file:
+            if read and chunk not in file:
                 seen_images = own_images
                 if settings.wrong_image:
-                    behind = own[begin + width] if begin + width < len(own) else own[0]
-                    seen_images = [*own_images[1:], source.read(behind, loaded.image_size)]
-                about = zip(part, own_images, seen_images, asked, strict=True)
+                    following = [*own[begin + width :], *own[: begin + width]]
+                    seen_images = [*own_images[1:], _first(source, following, loaded.image_size, settings.tiles)]
+                about = zip(read, own_images, seen_images, asked, strict=True)
                 file.append(_chunk(model, prompts, chunk, source.name, list(about), settings))
             chunk, seen = chunk + 1, seen + len(part)
             if progress is not None:
                 progress(seen, total)
     return skipped
+
+
+def _read(source: Source, numbers: Sequence[int], size: int, tiles: int) -> tuple[dict[int, Shown], list[str]]:
+    """The images that can be read, by number, and why the others cannot."""
+    found, reasons = {}, []
+    for i in numbers:
+        try:
+            found[i] = source.read(i, size, tiles=tiles)
+        except MissingDependencyError:
+            raise
+        except UserError as error:
+            reasons.append(str(error))
+    return found, reasons
+
+
+def _first(source: Source, numbers: Sequence[int], size: int, tiles: int) -> Shown:
+    """The first image that can be read."""
+    return next(image for i in numbers for image in _read(source, [i], size, tiles)[0].values())
 
 
 def _check_prompt(model: GranViT, prompt: str) -> None:
@@ -187,7 +224,7 @@ def _chunk(
     answered = predict(
         model,
         prompts,
-        [Sample(seen.pixels[None], [question.pair for question in asked]) for _, _, seen, asked in about],
+        [Sample(seen.frames, [question.pair for question in asked]) for _, _, seen, asked in about],
         style=settings.asking.style,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
@@ -228,15 +265,21 @@ def _report(
     config: dict[str, Any],
     settings: Settings,
     answers: Sequence[Answer],
-    images: int,
+    broken: Broken,
     skipped: Counter[str],
 ) -> dict[str, Any]:
+    images = broken.wanted - broken.count
     if not answers:
         raise UserError(f"nothing could be asked about {images} images: {dict(skipped) or 'they have no regions'}")
     return {
         "format": FORMAT,
         "metrics": summary(answers),
-        "counts": {"images": images, "answers": len(answers), "not asked": dict(skipped)},
+        "counts": {
+            "images": images,
+            "not read": broken.count,
+            "answers": len(answers),
+            "not asked": dict(skipped),
+        },
         "checkpoint": {"path": str(model.resolve()), "sha256": config["model"]},
         "config": config,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

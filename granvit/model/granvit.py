@@ -375,11 +375,11 @@ def _questions(
 def _next_frames(frames: Sequence[int], device: torch.device) -> Tensor:
     """For each frame the one of the next image that takes its place."""
     shown = [count for count in frames if count]
-    if len(shown) < 2:
+    if len(shown) == 1:
         raise ValueError("GranViT: wrong_image: expected at least two images in the batch, got one")
     starts = [sum(shown[:i]) for i in range(len(shown))]
     source = []
     for i, count in enumerate(shown):
         other = (i + 1) % len(shown)
         source += [starts[other] + j % shown[other] for j in range(count)]
-    return torch.tensor(source, device=device)
+    return torch.tensor(source, dtype=torch.int64, device=device)

@@ -118,7 +118,8 @@ def tokens(op: str, argument: str, t: object, grid: Grid, trailing: int, dtype: 
     inner = 1
     for size, stride in zip(reversed(t.shape[lead:]), reversed(t.stride()[lead:]), strict=True):
         if size > 1 and stride != inner:
-            return t.contiguous()
+            # Not contiguous(), which leaves a tensor without elements as it is.
+            return t.clone(memory_format=torch.contiguous_format)
         inner *= size
     return t
 

@@ -174,7 +174,8 @@ def work_of(objective: Objective, micro: Micro) -> Work:
         return seen
     real = batch.image >= 0
     image, pair = batch.image[real], batch.pair[real]
-    prefixes, pairs = torch.bincount(image[pair == 0]), torch.bincount(pair[pair > 0])
+    prefixes = torch.bincount(image[pair == 0], minlength=len(batch.frames))  # text alone has none
+    pairs = torch.bincount(pair[pair > 0])
     triangles = sum(float((x * (x + 1)).sum()) / 2 for x in (prefixes, pairs))
     return replace(
         seen,

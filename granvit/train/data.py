@@ -7,97 +7,23 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from granvit.data.conversations import Conversations
-from granvit.data.images import frames, tile_grid, tiled
 from granvit.data.mixing import Mixture
 from granvit.data.record import Record, Region
-from granvit.data.scenes import SceneComposer
-from granvit.data.shards import Shard, open_shard, read_index
+from granvit.data.sources import Source
 from granvit.data.tasks import Pair, TaskSampler
-from granvit.errors import UserError
+from granvit.errors import MissingDependencyError, UserError
 from granvit.geometry import BoxTransform, clip, format_box
 from granvit.model.packing import PackedBatch, Sample, pack
 from granvit.model.prompts import Prompts
 
 PLACEHOLDERS = {"box": "<box>", "region": "<region>"}
 _KEPT = 0.25  # of a region's area has to be in the frame
-
-
-class Source(Protocol):
-    """Images with records, by number."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
-        """The record of image i, its frames uint8 ``(frames, 3, size, size)``, and the way of its boxes to the first.
-
-        Frames are those of :func:`granvit.data.images.frames`, with at most `tiles` beside the overview.
-        """
-        ...
-
-
-class ShardSource:
-    """A folder of shards, read in any order; files are opened when they are needed, in the process that needs them.
-
-    Raises:
-        ShardError: no index.
-    """
-
-    _OPEN = 32  # shards at a time
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._shards = read_index(folder)
-        self._ends = np.cumsum([shard.samples for shard in self._shards])
-        self._open: dict[int, Shard] = {}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
-
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
-        """See :class:`Source`."""
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        within = i - (int(self._ends[number - 1]) if number else 0)
-        shard = self._open.pop(number, None) or open_shard(self.folder, self._shards[number])
-        self._open[number] = shard  # the last of them is the one that was used last
-        if len(self._open) > self._OPEN:
-            self._open.pop(next(iter(self._open))).close()
-        record = shard.record(within)
-        name = f"{shard.path.name}: {record.key}"
-        return record, *frames(shard.image(within), (size, size), tiles, flip=flip, name=name)
-
-
-class SceneSource:
-    """Scenes composed when they are asked for.
-
-    Args:
-        composer: of the scenes.
-        count: how many there are; the first is number 0.
-    """
-
-    def __init__(self, composer: SceneComposer, count: int) -> None:
-        self.composer, self._count = composer, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
-        """See :class:`Source`."""
-        record, image = self.composer[i]
-        shown, frame = (image.height, image.width), (size, size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return record, *tiled(pixels, shown, frame, tile_grid(shown, frame, tiles), flip=flip)
 
 
 @dataclass(frozen=True)
@@ -132,20 +58,20 @@ class Preparer:
             return Sample(pixels, [conversation])
         rng = random.Random(f"{self.seed} {epoch} {i}")
         mirrored = rng.random() < self.flip
-        record, pixels, transform = source.read(i, self.size, mirrored, self.tiles)
-        if mirrored and record.kind != "natural":
-            record, pixels, transform = source.read(i, self.size, False, self.tiles)
-        shown = self._as_shown(record, transform)
+        image = source.read(i, self.size, flip=mirrored, tiles=self.tiles)
+        if mirrored and image.record.kind != "natural":
+            image = source.read(i, self.size, tiles=self.tiles)
+        shown = self._as_shown(image.record, image.transform)
         pairs = self.sampler(shown, epoch).pairs
         regions = list(dict.fromkeys(pair.region for pair in pairs if pair.region is not None))
         row = {region: row for row, region in enumerate(regions)}
         boxes = torch.tensor([shown.regions[region].box for region in regions], dtype=torch.float32).reshape(-1, 4)
         asked = [self._prompted(pair, shown, rng) for pair in pairs]
         return Sample(
-            pixels,
+            image.frames,
             [replace(pair, region=None if pair.region is None else row[pair.region]) for pair in asked],
             boxes,
-            kind=record.kind,
+            kind=image.record.kind,
         )
 
     def _as_shown(self, record: Record, transform: BoxTransform) -> Record:
@@ -182,7 +108,7 @@ class Loaded:
     """What the trainer gets for a micro-batch.
 
     Attributes:
-        batch: packed; None where every sample of it was skipped.
+        batch: packed; one without images or tokens where no sample could be read, or none is left. None after an error.
         images: in it.
         skipped: what should have been in it.
         error: why a worker process could not go on.
@@ -202,7 +128,8 @@ class TrainingData(IterableDataset[Loaded]):
     """A run of packed micro-batches without an end; which samples are in number n depends on the settings and n alone.
 
     Epoch follows epoch without a seam. Of the samples of micro-batch n of all ranks, rank r has every w-th. So a run
-    that stopped goes on with :attr:`first`, and the number of workers changes nothing.
+    that stopped goes on with :attr:`first`, and the number of workers changes nothing. What cannot be read is left out,
+    and the micro-batch says so.
 
     Args:
         sources: what is read.
@@ -217,7 +144,6 @@ class TrainingData(IterableDataset[Loaded]):
         seed: of the order.
         length: images of all ranks after which it ends; None is never.
         pad_to_multiple_of: see :func:`granvit.model.packing.pack`.
-        skip_broken: leave out and report what cannot be read; else the error is raised.
     """
 
     def __init__(
@@ -235,7 +161,6 @@ class TrainingData(IterableDataset[Loaded]):
         seed: int = 0,
         length: int | None = None,
         pad_to_multiple_of: int = 1,
-        skip_broken: bool = False,
     ) -> None:
         if micro_batch < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -246,8 +171,7 @@ class TrainingData(IterableDataset[Loaded]):
         self.mixture = Mixture([len(source) for source in sources], weights, seed=seed)
         self.tokens_per_frame, self.max_length = tokens_per_frame, max_length
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-        self.length = length
-        self.pad_to_multiple_of, self.skip_broken = pad_to_multiple_of, skip_broken
+        self.length, self.pad_to_multiple_of = length, pad_to_multiple_of
         self.first = 0  # micro-batch that the next iteration begins with
 
     def __iter__(self) -> Iterator[Loaded]:
@@ -282,20 +206,19 @@ class TrainingData(IterableDataset[Loaded]):
         """Micro-batch `number`.
 
         Raises:
-            UserError: a sample cannot be read, or a row is too short for an image.
+            UserError: a row is too short for an image, or a package that reads images is missing.
         """
         samples, skipped = [], []
         for epoch, source, i in self.places(number):
             try:
                 samples.append(self.prepare(self.sources[source], i, epoch))
+            except MissingDependencyError:
+                raise
             except UserError as error:
-                if not self.skip_broken:
-                    raise
                 skipped.append(Skipped(source, i, str(error)))
-        if not samples:
-            return Loaded(None, 0, skipped)
+        nothing = Sample(torch.empty(0, 3, self.prepare.size, self.prepare.size, dtype=torch.uint8), [])
         batch = pack(
-            samples,
+            samples or [nothing],  # so that this rank takes the step that the others take
             self.prompts,
             self.tokens_per_frame,
             self.max_length,

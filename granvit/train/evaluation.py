@@ -5,10 +5,10 @@ Whatever the ranks hold, each of them calls the model equally often, since shard
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,15 @@ def on_all_ranks(yes: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
+def of_all_ranks(own: list[str]) -> list[str]:
+    """What each rank has to say, in the order of the ranks."""
+    if not dist.is_initialized():
+        return own
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return [text for part in found for text in part]
+
+
 class _Gap:
     """What the wrong image costs, over the micro-batches that have another image to show."""
 
@@ -47,7 +56,7 @@ class _Gap:
         self._own, self._other = Meters(device), Meters(device)
 
     def add(self, model: nn.Module, micro: Micro, own: Losses, counts: bool = True) -> None:
-        if not on_all_ranks(sum(map(bool, micro.batch.frames)) > 1, self._device):
+        if not on_all_ranks(not counts or sum(map(bool, micro.batch.frames)) > 1, self._device):
             return
         other = model(micro, wrong_image=True)
         if counts:
@@ -66,8 +75,8 @@ def _add(meters: Meters, micro: Micro, losses: Losses) -> None:
 
 def heldout_losses(
     model: nn.Module, objective: Objective, data: TrainingData, device: torch.device, *, wrong_image: bool
-) -> dict[str, float]:
-    """Means over all images of a finite run, of all ranks together.
+) -> tuple[dict[str, float], list[str]]:
+    """Means over all images of a finite run that can be read, of all ranks together.
 
     Args:
         model: the objective as it is called: sharded, or with gradients exchanged.
@@ -79,19 +88,18 @@ def heldout_losses(
     Returns:
         ``caption``, ``caption/<task>``, ``caption/<task>/<size>`` and the same behind ``wrong_image/``; of a
         contrastive objective ``contrastive``, the mean of its micro-batches, and ``alignment`` and
-        ``contrastive/accuracy``, of its regions.
+        ``contrastive/accuracy``, of its regions. Then why images could not be read.
     """
     own, gap = Meters(device), _Gap(device)
     contrastive = torch.zeros(5, dtype=torch.float64, device=device)  # losses, micro-batches; distances, hits, regions
-    of_first = copy.copy(data)
-    of_first.rank = 0  # which has an image in every micro-batch that there is
+    broken: list[str] = []
     with _evaluating(model):
         for number in range(math.ceil((data.length or 0) / (data.micro_batch * data.world_size))):
             loaded = data.load(number)
-            counts = loaded.batch is not None
-            batch = loaded.batch if counts else of_first.load(number).batch
-            assert batch is not None
-            micro = objective.micro(batch).to(device)
+            broken += [skip.reason for skip in loaded.skipped]
+            counts = loaded.images > 0
+            assert loaded.batch is not None
+            micro = objective.micro(loaded.batch).to(device)
             losses = model(micro)
             if losses.contrastive is not None and losses.alignment is not None and losses.accuracy is not None:
                 if counts:
@@ -105,12 +113,12 @@ def heldout_losses(
                 gap.add(model, micro, losses, counts)
     if dist.is_initialized():
         dist.all_reduce(contrastive)
-    found = own.means() | gap.values()
+    found, broken = own.means() | gap.values(), of_all_ranks(broken)
     total, count, *sums, regions = contrastive.tolist()
     if not count:
-        return found
+        return found, broken
     alignment, accuracy = (x / max(regions, 1.0) for x in sums)
-    return found | {"contrastive": total / count, "alignment": alignment, ACCURACY: accuracy}
+    return found | {"contrastive": total / count, "alignment": alignment, ACCURACY: accuracy}, broken
 
 
 def look_again(model: nn.Module, micro: Micro, device: torch.device, *, wrong_image: bool) -> dict[str, float]:

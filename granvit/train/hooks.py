@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from granvit.train.data import Loaded, TrainingData
+from granvit.train.log import LogError
 from granvit.train.parts import TrainingError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ class Steps(TrainerCallback):
 
     def __init__(self, trainer: StageTrainer) -> None:
         self._trainer = trainer
-        self._checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,9 +54,7 @@ class Steps(TrainerCallback):
     ) -> None:
         """Looks at the learning rates and the first gradients."""
         self._trainer.note_learning_rates()
-        if not self._checked:
-            self._trainer.check_gradients()
-            self._checked = True
+        self._trainer.check_gradients()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,5 +85,5 @@ class Steps(TrainerCallback):
         if state.is_world_process_zero and logs is not None:
             try:
                 self._trainer.run_log.write(state.global_step, logs)
-            except OSError as error:
-                raise TrainingError(f"the log cannot be written: {error}. {self._trainer.left()}") from error
+            except LogError as error:
+                raise TrainingError(f"{error}. {self._trainer.left()}") from error

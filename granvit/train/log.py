@@ -18,6 +18,10 @@ from granvit.train.meters import TERMS
 METRICS = "metrics.jsonl"
 
 
+class LogError(UserError):
+    """A log that cannot be written; the text names the file."""
+
+
 class RunLog:
     """The log of a run; one file for all its stages, to which a run that goes on appends.
 
@@ -41,14 +45,14 @@ class RunLog:
         """A stage begins, or goes on after `step`; lines that a killed run wrote beyond that are forgotten.
 
         Raises:
-            UserError: the file cannot be written.
+            LogError: the file cannot be written.
         """
         self.stage, self.steps = stage, steps
         if self._events is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._close()
-            with self._explained():
+            with self._explained(self._events):
+                self._close()
                 # A folder a stage, since what is to be forgotten of a folder is told by the step alone.
                 purge = step + 1 if step else 0
                 self._writer = SummaryWriter(str(self._events / stage), purge_step=purge)
@@ -58,7 +62,7 @@ class RunLog:
         kept = [line for line in lines if not self._repeated(line, step)]
         if len(kept) < len(lines):
             partial = self._path.with_suffix(".partial")
-            with self._explained():
+            with self._explained(self._path):
                 partial.write_text("".join(kept), encoding="utf-8")
                 partial.replace(self._path)
 
@@ -73,27 +77,28 @@ class RunLog:
         return entry["stage"] == self.stage and (entry["step"] > step or step == 0)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._path}: {why_not_written(error)}") from error
+            raise LogError(f"{path}: {why_not_written(error)}") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A line of figures.
 
         Raises:
-            UserError: the file cannot be written.
+            LogError: the file cannot be written.
         """
         if self._console is None:
             return
         entry = {"stage": self.stage, "step": step, "time": time.time(), **values}
-        with self._explained(), self._path.open("a", encoding="utf-8") as file:
+        with self._explained(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+        if self._writer is not None and self._events is not None:
+            with self._explained(self._events):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+                self._writer.flush()
         text = render(values)
         if text:
             line = f"[bold]{escape(self.stage)}[/] {step}/{self.steps}  {text}"

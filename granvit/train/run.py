@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from granvit.data.conversations import Conversations
-from granvit.data.scenes import SceneComposer
+from granvit.data.sources import Scenes, Shards, Source
 from granvit.data.tasks import TASKS, TaskSampler
 from granvit.errors import UserError
 from granvit.model import checkpoint
@@ -28,7 +28,7 @@ from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Model, Recipe, Stage, load
 from granvit.train._counting import costs_of
 from granvit.train.checkpoints import MODEL, RESOLVED, checkpoint_step, last_checkpoint, remove_unfinished
-from granvit.train.data import Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.data import Preparer, TrainingData
 from granvit.train.devices import peak_flops
 from granvit.train.hooks import Arguments
 from granvit.train.log import RunLog
@@ -199,6 +199,7 @@ def _train(recipe: Recipe, number: int, folder: Path, log: RunLog) -> int:
             data,
             heldout,
             workers=recipe.data.workers,
+            max_broken=recipe.data.max_broken,
             log=log,
             stop=stop,
             costs=costs,
@@ -320,10 +321,11 @@ def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source | Con
     for source in sources:
         if source.scenes is not None:
             scenes = source.scenes
-            composer = SceneComposer(scenes.seed, scenes.split, size=size, kind=scenes.kind, names=scenes.names or None)
-            yield SceneSource(composer, scenes.count)
+            yield Scenes(
+                scenes.count, kind=scenes.kind, split=scenes.split, seed=scenes.seed, size=size, names=scenes.names
+            )
         elif source.shards is not None:
-            yield ShardSource(source.shards)
+            yield Shards(source.shards)
         else:
             assert source.llava is not None
             assert source.images is not None

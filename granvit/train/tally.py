@@ -36,6 +36,11 @@ class Tally:
         """So far; at least 1, as a divisor."""
         return max(self._counts["steps"], 1)
 
+    @property
+    def skipped(self) -> int:
+        """Samples of all ranks that could not be read."""
+        return self._counts["skipped"]
+
     def add_step(self) -> None:
         """One step more."""
         self._counts["steps"] += 1
@@ -43,11 +48,14 @@ class Tally:
     def add(self, loaded: Loaded, flops: float) -> None:
         """One micro-batch more, and what it needs."""
         self._counts["images"] += loaded.images
-        self._counts["skipped"] += len(loaded.skipped)
         if loaded.batch is not None:
             self._counts["tokens"] += int((loaded.batch.image >= 0).sum())
             self._counts.update({f"dropped: {reason}": count for reason, count in loaded.batch.dropped.items()})
         self._flops += flops
+
+    def add_skipped(self, count: int) -> None:
+        """Samples of all ranks that could not be read."""
+        self._counts["skipped"] += count
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from granvit.recipe import Stage
+from granvit.data.sources import Broken, SourceError
+from granvit.recipe import PARTS, Stage
 from granvit.train._counting import Costs, work_of
 from granvit.train.checkpoints import (
     COMPLETE,
@@ -28,16 +29,17 @@ from granvit.train.checkpoints import (
     rotate,
 )
 from granvit.train.data import Loaded, TrainingData
-from granvit.train.evaluation import ACCURACY, heldout_losses, look_again
+from granvit.train.evaluation import ACCURACY, heldout_losses, look_again, of_all_ranks
 from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
 from granvit.train.meters import TERMS, Meters
 from granvit.train.objective import Counts, Losses, Micro, Objective
-from granvit.train.parts import TrainingError, check_gradients, optimizer_groups
+from granvit.train.parts import GradientCheck, TrainingError, food, optimizer_groups
 from granvit.train.stopping import Stop
 from granvit.train.tally import Tally
 
 _KEPT = 2  # checkpoints of a stage
+_PATIENCE = 100  # steps within which each part that trains should have had something to learn from
 
 
 class StageTrainer(Trainer):
@@ -54,6 +56,7 @@ class StageTrainer(Trainer):
         data: what to train on.
         heldout: what to evaluate on, finite; None for nothing.
         workers: processes that read ahead.
+        max_broken: share of the samples that may be unreadable, see :class:`granvit.data.sources.Broken`.
         log: where lines go.
         stop: who is asked after each step whether to end early.
         costs: of what a micro-batch holds.
@@ -69,6 +72,7 @@ class StageTrainer(Trainer):
         heldout: TrainingData | None,
         *,
         workers: int,
+        max_broken: float,
         log: RunLog,
         stop: Stop,
         costs: Costs,
@@ -77,6 +81,8 @@ class StageTrainer(Trainer):
         self._stop, self._stop_signal = stop, 0
         self.objective, self.stage, self.run_log = objective, stage, log
         self._data, self._heldout, self._workers = data, heldout, workers
+        self._max_broken, self._broken = max_broken, Broken(max_broken)
+        self._said: set[str] = set()
         self._costs = costs
         super().__init__(model=objective, args=args, eval_dataset=heldout, callbacks=[Steps(self)])
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -95,6 +101,7 @@ class StageTrainer(Trainer):
         self._last: Micro | None = None
         self._tally = Tally(args.device, args.world_size, peak)
         self._resumed: Path | None = None
+        self._fed: set[str] = set()
         self._group_parts: list[str] = []
         self._learning_rates: dict[str, float] = {}
 
@@ -144,30 +151,45 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Loaded], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and what its means run over, on all ranks."""
-        micros = [self._counted(next(epoch_iterator)) for _ in range(num_batches)]
+        loaded = [next(epoch_iterator) for _ in range(num_batches)]
+        micros = [self._counted(x) for x in loaded]
+        reasons = [skip.reason for x in loaded for skip in x.skipped]
         sums = torch.tensor(
             [
                 sum(m.tokens for m in micros),
                 sum(m.cells for m in micros),
+                len(reasons),
                 float(self._stop.signal == signal.SIGTERM),
                 float(self._stop.signal == signal.SIGINT),
+                *(sum(x) for x in zip(*(food(m, self.objective.contrastive) for m in micros), strict=True)),
             ],
             dtype=torch.float64,
         )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(device)).cpu()
-        tokens, cells, terminated, interrupted = sums.tolist()
+        tokens, cells, broken, terminated, interrupted, *fed = sums.tolist()
+        self._fed = {part for part, amount in zip(PARTS, fed, strict=True) if amount}
         # Agreed on here, since all ranks have to stop after the same step.
         self._stop_signal = int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
+        # Counted on all ranks alike, which end together.
+        reasons = of_all_ranks(reasons) if broken else []
+        self._tally.add_skipped(len(reasons))
+        self._leave_out(reasons, self.stage.batch_size, self._broken)
         return micros, Counts(tokens, cells)
 
+    def _leave_out(self, reasons: Sequence[str], wanted: int, broken: Broken) -> None:
+        """Says once of each sample why it cannot be read, and ends the run where there are too many of them."""
+        for reason in reasons:
+            if reason not in self._said:
+                self._said.add(reason)
+                self.run_log.note(f"left out: {reason}")
+        try:
+            broken.add(wanted, reasons)
+        except SourceError as error:
+            raise TrainingError(f"data: {error}. {self.left()}") from error
+
     def _counted(self, loaded: Loaded) -> Micro:
-        for skip in loaded.skipped:
-            self.run_log.note(f"left out sample {skip.sample} of source {skip.source}: {skip.reason}")
-        if loaded.batch is None:
-            raise TrainingError(
-                "no image of a whole micro-batch could be read; `granvit data verify` looks for the cause"
-            )
+        assert loaded.batch is not None
         micro = self.objective.micro(loaded.batch)
         self._tally.add(loaded, self._costs.needed(work_of(self.objective, micro)))
         return micro
@@ -187,7 +209,11 @@ class StageTrainer(Trainer):
         """Keeps for the log what the step at hand is taken with; afterwards the schedule has gone on."""
         assert self.optimizer is not None
         groups = zip(self._group_parts, self.optimizer.param_groups, strict=True)
-        self._learning_rates = {part: float(group["lr"]) for part, group in groups if part}
+        rates = {part: float(group["lr"]) for part, group in groups if part}
+        # The schedule moves all groups alike, and what is logged as the rate is the stage's.
+        first = self.optimizer.param_groups[0]
+        main = self.stage.learning_rate * float(first["lr"] / first["initial_lr"])
+        self._learning_rates = {"learning_rate": main} | {f"learning_rate/{part}": x for part, x in rates.items()}
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -247,12 +273,12 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def check_gradients(self) -> None:
-        """That what should train has a gradient, and nothing else has.
+        """That what should train has a gradient, and nothing else has; see :class:`granvit.train.parts.GradientCheck`.
 
         Raises:
             TrainingError: one of them is not so.
         """
-        check_gradients(self.objective, self.stage, self.args.device)
+        self._gradients.look(self._fed)
 
     # ---- the log ----------------------------------------------------------------------------------------------------
 
@@ -271,8 +297,7 @@ class StageTrainer(Trainer):
         terms = {name: self._sum(term) / self._tally.steps for name, term in self._terms.items()}
         self._check_terms(terms)
         line = {"loss": sum(self._weight(name) * value for name, value in terms.items() if name != ACCURACY)}
-        line |= terms | {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
-        line |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates.items()}
+        line |= terms | self._learning_rates | {name: logs[name] for name in ("grad_norm",) if name in logs}
         line |= {f"by/{name}": value for name, value in self._meters.means().items() if "/" in name}
         if self._last is not None and not self.objective.contrastive:
             line |= look_again(self.model_wrapped, self._last, self.args.device, wrong_image=self.stage.wrong_image)
@@ -290,6 +315,12 @@ class StageTrainer(Trainer):
         return float(self.accelerator.reduce(total) if self.args.world_size > 1 else total)
 
     def _check_terms(self, terms: dict[str, float]) -> None:
+        wanted_images = self._tally.steps * self.stage.batch_size
+        if self._tally.skipped == wanted_images:
+            raise TrainingError(
+                f"step {self.state.global_step}: none of the {wanted_images} samples since the last line of the log "
+                f"could be read. {self.left()}"
+            )
         wanted = ["contrastive"] if self.objective.contrastive else ["caption"]
         wanted += ["distillation"] if self.stage.distillation is not None else []
         gone = [name for name in wanted if not terms.get(name)]
@@ -301,6 +332,9 @@ class StageTrainer(Trainer):
 
     def begin(self) -> None:
         """Begins to count for the next line, or goes on where the checkpoint was written between two."""
+        # A run that goes on may have few steps left, and those before are not known.
+        patience = None if self._resumed else min(_PATIENCE, self.state.max_steps)
+        self._gradients = GradientCheck(self.objective, self.stage, self.args.device, patience)
         self._restart()
         path = self._resumed and self._resumed / WINDOW.format(rank=self.args.process_index)
         if path is not None and path.exists():  # not where it was written by fewer processes
@@ -308,6 +342,11 @@ class StageTrainer(Trainer):
             self._terms = {name: term.to(self.args.device) for name, term in window["terms"].items()}
             self._meters.load(window["meters"])
             self._tally.load(window["tally"])
+        # Of all ranks, and the same for each; there is always a first.
+        first = self._resumed and self._resumed / WINDOW.format(rank=0)
+        if first is not None:
+            counts = torch.load(first, map_location="cpu", weights_only=True)
+            self._broken.wanted, self._broken.count = counts["wanted"], counts["broken"]
 
     def _restart(self) -> None:
         self._terms.clear()
@@ -325,10 +364,16 @@ class StageTrainer(Trainer):
         if self._heldout is None:
             return {}
         with self._tally.pause():
-            found = heldout_losses(
+            means, broken = heldout_losses(
                 self.model_wrapped, self.objective, self._heldout, self.args.device, wrong_image=self.stage.wrong_image
             )
-        found = {f"heldout/{name}": value for name, value in found.items()}
+        wanted = self._heldout.length or 0
+        self._leave_out(broken, wanted, Broken(self._max_broken))
+        if len(broken) == wanted:
+            raise TrainingError(f"data.heldout: none of the {wanted} samples could be read. {self.left()}")
+        found = {f"heldout/{name}": value for name, value in means.items()}
+        if broken:
+            found["heldout/skipped"] = float(len(broken))
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -338,7 +383,13 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite()
         folder = checkpoint_folder(Path(str(self.args.output_dir)), self.state.global_step)
-        window = {"terms": self._terms, "meters": self._meters.state(), "tally": self._tally.state()}
+        window = {
+            "terms": self._terms,
+            "meters": self._meters.state(),
+            "tally": self._tally.state(),
+            "wanted": self._broken.wanted,
+            "broken": self._broken.count,
+        }
         with self._tally.pause():
             try:
                 super()._save_checkpoint(model, trial)

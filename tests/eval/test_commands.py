@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from granvit.cli import app
+from granvit.data.sources import Questions, Scenes, Shards
 from granvit.errors import UserError
 from granvit.eval.opening import find_model, open_sources, open_tower
-from granvit.eval.sources import Questions, Scenes, Shards
 from granvit.model.assemble import assemble
 from granvit.recipe import load
 from tests.eval.support import save_model, write_shards
@@ -25,6 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two stages, the folder with its recipe and its shards."""
     folder = tmp_path_factory.mktemp("run")
     plain = tree(folder, stage1(steps=2), stage2(steps=2, style="thousandths"))
+    plain["data"]["tiles"] = 3
     write(plain, folder)
     assert train(plain)[0] == 0
     return folder
@@ -42,15 +43,17 @@ def test_eval_of_a_run(run: Path, tmp_path: Path) -> None:
         assert word in said
     plain = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert plain["config"]["asking"]["style"] == "thousandths"  # of the stage that made the model
+    assert plain["config"]["tiles"] == 3  # of its recipe
     assert plain["checkpoint"]["path"].endswith("second/model")
     first = granvit(
         "eval", run / "out" / "first" / "model", "--out", tmp_path / "b", "--data", run / "shards", "--images", 2,
-        "--tasks", "global_caption", "--prompt", "text", "--wrong-image", "--max-new-tokens", 3, "--json",
+        "--tasks", "global_caption", "--prompt", "text", "--wrong-image", "--max-new-tokens", 3, "--tiles", 0, "--json",
     )  # fmt: skip
     plain = json.loads(first)
     assert list(plain["metrics"]) == ["global_caption"]
     assert plain["metrics"]["global_caption"]["all"]["count"] == 2
     assert plain["config"]["wrong_image"] is True
+    assert plain["config"]["tiles"] == 0
     assert plain["config"]["sources"][0]["shards"].endswith("shards")
     assert json.loads(first) == json.loads((tmp_path / "b" / "evaluation.json").read_text())
 

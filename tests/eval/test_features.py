@@ -13,11 +13,11 @@ from torch.nn import functional
 from torchvision.ops import roi_align
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from granvit.data.images import frame
+from granvit.data.images import frames
 from granvit.data.record import Record
+from granvit.data.sources import Scenes, Shards, Shown
 from granvit.eval.features import Tower, changed_view, features, plain_view, pool_regions
 from granvit.eval.metrics import normalised
-from granvit.eval.sources import Scenes, Shards, Shown
 from tests.eval.support import noise, write_shards
 from tests.model.support import random_boxes
 
@@ -103,8 +103,8 @@ def test_images_without_regions() -> None:
         def __init__(self) -> None:
             self.name = "bare"
 
-        def read(self, i: int, size: int) -> Shown:
-            return Shown(Record(f"{i}", 20, 20, "noise"), *frame(noise(random.Random(i), 20, 20), (size, size)))
+        def read(self, i: int, size: int, *, flip: bool = False, tiles: int = 0) -> Shown:
+            return Shown(Record(f"{i}", 20, 20, "noise"), *frames(noise(random.Random(i), 20, 20), (size, size), 0))
 
     found = features(tower(), [(Bare(), [0, 1])])
     assert found.regions["roi_align"].shape == (0, 16)
@@ -118,7 +118,7 @@ def test_views_show_the_image_and_no_border(height: int, width: int) -> None:
 
     file = io.BytesIO()
     white.save(file, "PNG")
-    shown = Shown(Record("a", width, height, "noise"), *frame(file.getvalue(), (48, 48)))
+    shown = Shown(Record("a", width, height, "noise"), *frames(file.getvalue(), (48, 48), 0))
     assert (plain_view(shown) == 255).all()
     for seed in range(5):
         view = changed_view(shown, random.Random(seed))
@@ -134,7 +134,7 @@ def test_views_are_crops_mirrored_or_not() -> None:
     pixels = torch.from_numpy(ramp).permute(2, 0, 1)
     from granvit.geometry import BoxTransform
 
-    shown = Shown(Record("a", 64, 64, "noise"), pixels, BoxTransform.letterbox((64, 64), (64, 64)))
+    shown = Shown(Record("a", 64, 64, "noise"), pixels[None], BoxTransform.letterbox((64, 64), (64, 64)))
     rising = [
         bool(changed_view(shown, random.Random(i))[0, 0, 10] < changed_view(shown, random.Random(i))[0, 0, 50])
         for i in range(20)

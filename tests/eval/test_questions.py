@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from granvit.data.images import frame
+from granvit.data.images import frames
 from granvit.data.record import Record, Region
+from granvit.data.sources import Question, Shown
 from granvit.eval.questions import Asking, SettingsError, ask, back, crowding
-from granvit.eval.sources import Question, Shown
 from granvit.geometry import BoxTransform, format_box, parse_boxes
 from tests.eval.support import noise, random_record
 
@@ -21,7 +21,7 @@ SIZES = [(20, 60), (60, 20), (31, 17), (24, 24), (17, 400)]
 
 def shown_of(record: Record, size: int = 24, rng: random.Random | None = None) -> Shown:
     data = noise(rng or random.Random(), record.height, record.width)
-    return Shown(record, *frame(data, (size, size)))
+    return Shown(record, *frames(data, (size, size), 0))
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

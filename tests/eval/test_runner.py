@@ -13,14 +13,16 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from granvit.data.images import frames
 from granvit.data.importers.driver import import_dataset
+from granvit.data.sources import Questions, Scenes, Shards
 from granvit.errors import MissingDependencyError, UserError
 from granvit.eval.answers import AnswerError, AnswerFile, read_answers, read_evaluation
 from granvit.eval.metrics import rouge_scorer
 from granvit.eval.questions import Asking, SettingsError
 from granvit.eval.runner import Settings, evaluate
 from granvit.eval.scores import Answer, score, summary
-from granvit.eval.sources import Questions, Scenes, Shards, of_identity
+from granvit.eval.sources import of_identity
 from granvit.geometry import format_box
 from granvit.model.checkpoint import CheckpointError
 from granvit.model.granvit import GranViT
@@ -83,7 +85,12 @@ def test_right_answers_of_images_of_any_shape_count_as_right(
     assert metrics["caption_to_bbox"]["all"]["mean_iou"] == pytest.approx(
         float(box_iou(true.double(), said.double()).diagonal().mean())
     )
-    assert report["counts"] == {"images": 30, "answers": 90 + len(found), "not asked": report["counts"]["not asked"]}
+    assert report["counts"] == {
+        "images": 30,
+        "not read": 0,
+        "answers": 90 + len(found),
+        "not asked": report["counts"]["not asked"],
+    }
     groups = metrics["caption_to_bbox"]["by"]
     assert set(groups) == {"source", "kind", "size", "regions", "covered"}
     for of_dimension in groups.values():
@@ -157,6 +164,51 @@ def test_the_wrong_image_is_another_of_the_same_source(
         assert answer.answer == answer.wrong_image == following[answer.key]
     evaluate(model, [Shards(shards)], SHORT, tmp_path / "right")
     assert all(x.answer == x.key and x.wrong_image is None for x in read_answers(tmp_path / "right"))
+
+
+@pytest.mark.parametrize("wrong_image", [False, True])
+def test_an_image_that_cannot_be_read_is_left_out_said_and_counted(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong_image: bool
+) -> None:
+    path = write_questions(tmp_path / "files", 7)
+    for i in (1, 2, 3, 6):  # all of a chunk of two, and what is behind others
+        (path.parent / f"{i}.png").write_bytes(b"no image")
+    source = Questions(path, path.parent)
+    said: list[str] = []
+    shown = {source.read(i, SIZE).pixels.numpy().tobytes(): str(i) for i in (0, 4, 5)}
+    oracle(monkeypatch, lambda question, box, frame: shown[frame.numpy().tobytes()])
+    settings = Settings(batch_size=2, wrong_image=wrong_image)
+    report = evaluate(model, [source], settings, tmp_path / "out", note=said.append)
+    following = {"0": "4", "4": "5", "5": "0"} if wrong_image else {"0": "0", "4": "4", "5": "5"}
+    assert {answer.number: answer.answer for answer in read_answers(tmp_path / "out")} == following
+    assert (report["counts"]["images"], report["counts"]["not read"]) == (3, 4)
+    assert len(said) == 4
+    assert all(
+        f"question {i}: " in text and f"{i}.png: no image" in text for i, text in zip((1, 2, 3, 6), said, strict=True)
+    )
+    with pytest.raises(UserError, match="3 of 4 samples cannot be read, and max_broken allows 0.002"):
+        evaluate(model, [source], settings, tmp_path / "strict", max_broken=0.002)
+
+
+def test_images_are_shown_with_their_tiles(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_questions(tmp_path / "files", 3)
+    for i, size in enumerate(((SIZE, SIZE), (2 * SIZE, SIZE), (2 * SIZE, 2 * SIZE))):
+        (path.parent / f"{i}.png").write_bytes(noise(random.Random(), *size))
+    seen: list[Any] = []
+    generate = GranViT.generate
+
+    def spied(self: GranViT, prompts: Any, pixels: Any, *args: Any, **options: Any) -> Any:
+        seen.append((pixels, list(options["frames"])))
+        return generate(self, prompts, pixels, *args, **options)
+
+    monkeypatch.setattr(GranViT, "generate", spied)
+    evaluate(model, [Questions(path, path.parent)], Settings(tiles=4, max_new_tokens=2), tmp_path / "out")
+    ((pixels, counts),) = seen
+    assert counts == [1, 3, 5]
+    expected = [frames((path.parent / f"{i}.png").read_bytes(), (SIZE, SIZE), 4)[0] for i in range(3)]
+    assert pixels.equal(torch.cat(expected))
+    with pytest.raises(SettingsError, match="tiles: expected at least 0"):
+        Settings(tiles=-1)
 
 
 def test_refcoco_from_its_published_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +299,8 @@ def test_missing_files_are_one_sentence(model: Path, tmp_path: Path) -> None:
         Questions(tmp_path / "none.jsonl", tmp_path)
     path = write_questions(tmp_path / "files")
     (path.parent / "3.png").unlink()
-    with pytest.raises(UserError, match=r"3\.png: No such file or directory; .*questions.jsonl asks about it"):
-        evaluate(model, [Questions(path, path.parent)], SHORT, tmp_path / "out")
+    with pytest.raises(UserError, match=r"1 of 5 samples .*questions.jsonl: question 3: .*3\.png: No such file or dir"):
+        evaluate(model, [Questions(path, path.parent)], SHORT, tmp_path / "out", max_broken=0.0)
     with pytest.raises(CheckpointError, match="holds no model"):
         evaluate(tmp_path, [Scenes(1)], SHORT, tmp_path / "out")
 

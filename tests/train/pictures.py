@@ -6,14 +6,15 @@ import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from granvit.data.record import Record, Region
 from granvit.data.shards import ShardWriter
+from granvit.data.sources import Shown
 from granvit.errors import UserError
 from granvit.geometry import BoxTransform
 
@@ -25,20 +26,25 @@ COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255))
 class Numbered:
     """Images that say in every pixel which they are; some cannot be read."""
 
+    name, asks = "numbered", False
+
     def __init__(self, number: int, count: int, broken: Sequence[int] = ()) -> None:
         self.number, self.count, self.broken = number, count, set(broken)
 
     def __len__(self) -> int:
         return self.count
 
-    def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
+    def read(self, i: int, size: int, *, flip: bool = False, tiles: int = 0) -> Shown:
         if i in self.broken:
             raise UserError(f"image {i} of {self.number} is broken")
         pixels = torch.zeros(3, size, size, dtype=torch.uint8)
         pixels[0], pixels[1], pixels[2] = self.number, i % 256, flip
         regions = tuple(Region((0.1 * k, 0.2, 0.1 * k + 0.5, 0.9), f"{name} {i}") for k, name in enumerate(CAPTIONS))
         record = Record(f"{self.number}-{i}", size, size, "numbers", "natural", f"image {i}", regions)
-        return record, pixels[None], BoxTransform.resize((size, size), (size, size))
+        return Shown(record, pixels[None], BoxTransform.resize((size, size), (size, size)))
+
+    def identity(self) -> dict[str, Any]:
+        return {"numbered": self.number}
 
 
 def drawing(width: int, height: int, boxes: Sequence[Sequence[float]]) -> Image.Image:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ _CLOCK = ("time", "images_per_second", "tokens_per_second", "step_seconds", "tfl
 Tree = dict[str, Any]
 
 
-def write_shards(folder: Path, images: int, *, seed: int | None = None) -> Path:
-    """Random images with three captioned regions each."""
+def write_shards(folder: Path, images: int, *, seed: int | None = None, broken: Sequence[int] = ()) -> Path:
+    """Random images with three captioned regions each; some of them cut short."""
     rng = random.Random(seed)
     with ShardWriter(folder, samples=7) as writer:
         for i in range(images):
@@ -44,7 +45,7 @@ def write_shards(folder: Path, images: int, *, seed: int | None = None) -> Path:
                 x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
                 regions.append(Region((x, y, x + rng.uniform(0.2, 0.5), y + rng.uniform(0.2, 0.5)), words(rng)))
             record = Record(f"{i:06d}", SIZE, SIZE, "noise", "natural", words(rng), tuple(regions))
-            writer.add(record, file.getvalue(), "png")
+            writer.add(record, file.getvalue()[: 100 if i in broken else None], "png")
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ pytest.importorskip("transformers")
 
 from granvit.data.record import Record
 from granvit.data.shards import ShardError, ShardWriter
+from granvit.data.sources import Scenes, Shards, Source
 from granvit.data.tasks import TaskSampler
-from granvit.errors import UserError
+from granvit.errors import MissingDependencyError, UserError
 from granvit.model.prompts import Prompts, add_special_tokens
-from granvit.train.data import Loaded, Preparer, SceneSource, ShardSource, Source, TrainingData
+from granvit.train.data import Loaded, Preparer, TrainingData
 from tests.model.support import byte_level
 from tests.train.pictures import CAPTIONS, SIZES, TASKS, Numbered, shards
 
@@ -51,8 +53,9 @@ def data_of(prompts: Prompts, sources: Sequence[Source], **options: Any) -> Trai
 
 def shown(loaded: Loaded) -> list[tuple[int, int]]:
     """(source, sample) of each image, in the order of the samples."""
-    if loaded.batch is None:
+    if not loaded.images:
         return []
+    assert loaded.batch is not None
     places = loaded.batch.pixels[:, :2, 0, 0].tolist()
     return [(a, b) for _, (a, b) in sorted(zip(loaded.batch.order, places, strict=True))]
 
@@ -123,7 +126,7 @@ def test_a_length_is_kept_and_ranks_have_as_many_micro_batches(prompts: Prompts,
     read = [place for loaded in (*ranks[0], *ranks[1]) for place in shown(loaded)]
     assert len(read) == len(set(read)) == length
     assert sum(loaded.images for loaded in (*ranks[0], *ranks[1])) == length
-    assert all((loaded.batch is None) == (loaded.images == 0) for loaded in (*ranks[0], *ranks[1]))
+    assert all(len(shown(loaded)) == loaded.images for loaded in (*ranks[0], *ranks[1]))
 
 
 def test_a_finite_run_ends_with_workers_too(prompts: Prompts) -> None:
@@ -150,15 +153,8 @@ def test_settings_that_make_no_sense_are_refused(prompts: Prompts) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_sample_is_an_error_of_one_sentence(prompts: Prompts, workers: int) -> None:
-    data = data_of(prompts, [Numbered(0, 40, broken=[17])])
-    with pytest.raises(UserError, match=r"^image 17 of 0 is broken$"):
-        list(itertools.islice(data.loader(workers), 14))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_samples_are_left_out_and_reported_where_that_is_wanted(prompts: Prompts, workers: int) -> None:
-    data = data_of(prompts, [Numbered(0, 9), Numbered(1, 15, broken=[2, 11])], skip_broken=True, length=24)
+def test_broken_samples_are_left_out_and_reported(prompts: Prompts, workers: int) -> None:
+    data = data_of(prompts, [Numbered(0, 9), Numbered(1, 15, broken=[2, 11])], length=24)
     read = list(data.loader(workers))
     skipped = sorted((s.source, s.sample, s.reason) for loaded in read for s in loaded.skipped)
     assert skipped == [(1, 2, "image 2 of 1 is broken"), (1, 11, "image 11 of 1 is broken")]
@@ -167,21 +163,30 @@ def test_broken_samples_are_left_out_and_reported_where_that_is_wanted(prompts: 
     assert sum(loaded.images for loaded in read) == 22
 
 
-def test_a_micro_batch_of_broken_samples_alone_has_no_batch(prompts: Prompts) -> None:
-    loaded = data_of(prompts, [Numbered(0, 3, broken=range(3))], skip_broken=True).load(0)
-    assert loaded.batch is None
+def test_a_micro_batch_of_broken_samples_alone_is_one_of_nothing(prompts: Prompts) -> None:
+    loaded = data_of(prompts, [Numbered(0, 3, broken=range(3))], pad_to_multiple_of=8).load(0)
     assert loaded.images == 0
     assert len(loaded.skipped) == 3
+    assert loaded.batch is not None
+    assert loaded.batch.pixels.shape == (0, 3, SIDE, SIDE)
+    assert loaded.batch.input_ids.shape == (1, 8)
+    assert int(loaded.batch.image.max()) == -1  # padding
+    assert (loaded.batch.pairs, len(loaded.batch.supervised), len(loaded.batch.boxes)) == ([], 0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_too_short_for_an_image_is_one_sentence(prompts: Prompts, workers: int) -> None:
-    for skip in (False, True):  # no sample is to blame, so none is left out for it
-        data = data_of(prompts, [Numbered(0, 3)], max_length=5, skip_broken=skip)
-        with pytest.raises(
-            UserError, match=r"^max_length: expected at least the \d+ tokens of an image's prefix, got 5$"
-        ):
-            next(data.loader(workers))
+    """No sample is to blame, so none is left out for it."""
+    data = data_of(prompts, [Numbered(0, 3)], max_length=5)
+    with pytest.raises(UserError, match=r"^max_length: expected at least the \d+ tokens of an image's prefix, got 5$"):
+        next(data.loader(workers))
+
+
+def test_a_missing_package_is_no_broken_sample(prompts: Prompts, tmp_path: Path, monkeypatch: Any) -> None:
+    data = data_of(prompts, [Shards(shards(tmp_path, SIZES))])
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingDependencyError, match="reading images needs pillow"):
+        data.load(0)
 
 
 @pytest.mark.parametrize("prompt", ["box", "region", "mixed"])
@@ -208,29 +213,29 @@ def test_the_token_of_a_prompt_stands_for_the_region_that_is_asked_about(prompts
 
 
 def test_shards_are_read_by_number_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = ShardSource(shards(tmp_path, [(60 + 10 * i, 50) for i in range(11)], samples=3))
-    monkeypatch.setattr(ShardSource, "_OPEN", 2)
+    source = Shards(shards(tmp_path, [(60 + 10 * i, 50) for i in range(11)], samples=3))
+    monkeypatch.setattr(Shards, "_OPEN", 2)
     assert len(source) == 11
     for i in (*random.sample(range(11), 11), 0, 10, 0):
-        record, pixels, _ = source.read(i, 40, False, 0)
+        record, pixels, _, _ = source.read(i, 40)
         assert (record.key, record.width) == (f"{i:03d}", 60 + 10 * i)
         assert pixels.shape == (1, 3, 40, 40)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_trained_on(prompts: Prompts, tmp_path: Path, workers: int) -> None:
-    source = ShardSource(shards(tmp_path, SIZES))
-    source.read(0, 8, False, 0)  # so that workers inherit an open file
+    source = Shards(shards(tmp_path, SIZES))
+    source.read(0, 8)  # so that workers inherit an open file
     read = list(data_of(prompts, [source], length=6).loader(workers))
     pixels = torch.cat([loaded.batch.pixels for loaded in read if loaded.batch is not None])
-    plain = [source.read(i, SIDE, flip, 0)[1][0] for i in range(6) for flip in (False, True)]
+    plain = [source.read(i, SIDE, flip=flip).pixels for i in range(6) for flip in (False, True)]
     found = [next(j // 2 for j, other in enumerate(plain) if torch.equal(frame, other)) for frame in pixels]
     assert sorted(found) == list(range(6))
 
 
 def test_what_is_wrong_with_a_shard_is_one_sentence(prompts: Prompts, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="no such file; a folder of shards has an index"):
-        ShardSource(tmp_path / "none")
+        Shards(tmp_path / "none")
     for name, harm, text in (
         ("cut", "other", r"000001\.tar: holds 1 samples, and 2 by the index"),
         ("gone", "delete", r"000001\.tar: No such file"),
@@ -241,17 +246,18 @@ def test_what_is_wrong_with_a_shard_is_one_sentence(prompts: Prompts, tmp_path: 
         else:  # whole, and yet another than the index says
             shards(tmp_path / "short", SIZES[:1])
             (tmp_path / "short" / "000000.tar").replace(folder / "000001.tar")
+        source = Shards(folder)
         with pytest.raises(ShardError, match=text):
-            list(data_of(prompts, [ShardSource(folder)], length=4).loader(0))
-        skipping = data_of(prompts, [ShardSource(folder)], length=4, skip_broken=True)
+            source.read(2, 8)
+        skipping = data_of(prompts, [source], length=4)
         assert sorted(s.sample for loaded in skipping.loader(0) for s in loaded.skipped) == [2, 3]
 
 
 def test_a_broken_image_in_a_shard_is_named(prompts: Prompts, tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.add(Record("bad", 64, 48, "test", "natural", "it"), b"\x89PNG\r\n\x1a\nnot at all", "png")
-    with pytest.raises(UserError, match=r"^000000\.tar: bad: "):
-        data_of(prompts, [ShardSource(tmp_path)]).load(0)
+    (skipped, *_) = data_of(prompts, [Shards(tmp_path)]).load(0).skipped
+    assert skipped.reason.startswith("000000.tar: bad: ")
 
 
 @pytest.mark.parametrize("kind", ["natural", "ocr"])
@@ -260,9 +266,12 @@ def test_scenes_are_trained_on(prompts: Prompts, kind: str) -> None:
         pytest.importorskip(package)
     from granvit.data.scenes import SceneComposer
 
-    composer = SceneComposer(random.randrange(1000), size=128, kind=kind)
+    seed = random.randrange(1000)
+    composer = SceneComposer(seed, size=128, kind=kind)
     prepare = Preparer(TaskSampler({"bbox_to_caption": 1}, regions=50), 64, flip=1.0)
-    data = data_of(prompts, [SceneSource(composer, 4)], prepare=prepare, length=4, max_length=9000)
+    data = data_of(
+        prompts, [Scenes(4, kind=kind, split="train", seed=seed, size=128)], prepare=prepare, length=4, max_length=9000
+    )
     read = list(data.loader(1))
     assert sum(loaded.images for loaded in read) == 4
     frames = [frame for loaded in read if loaded.batch is not None for frame in loaded.batch.pixels]

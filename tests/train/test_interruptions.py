@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from granvit.train.checkpoints import COMPLETE, last_checkpoint
+from granvit.train.log import RunLog
 from granvit.train.trainer import StageTrainer, TrainingError
 from tests.train.support import (
     Tree,
@@ -302,16 +303,27 @@ def test_a_full_disk_is_one_sentence(
     goes_on(whole, plain)
 
 
+@pytest.mark.parametrize("file", ["metrics", "tensorboard"])
 def test_a_log_that_cannot_be_written_is_one_sentence(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
+    if file == "tensorboard":
+        pytest.importorskip("tensorboard")
     plain = beside(whole, tmp_path)
     with monkeypatch.context() as patch:
 
-        def full(self: Any, step: int, values: Any) -> None:
+        def full(*args: Any, **kwargs: Any) -> Any:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        patch.setattr("granvit.train.log.RunLog.write", full)
-        with pytest.raises(TrainingError, match="the log cannot be written: .*No space left on device"):
+        def after_step_4(self: RunLog, step: int, values: Any) -> None:
+            if step > 4:
+                where = "pathlib.Path.open" if file == "metrics" else "torch.utils.tensorboard.SummaryWriter.flush"
+                patch.setattr(where, full)
+            write_line(self, step, values)
+
+        write_line = RunLog.write
+        patch.setattr(RunLog, "write", after_step_4)
+        sentence = rf"{file}.*: the disk is full\. The checkpoint of step 4 is whole: the same command goes on from it"
+        with pytest.raises(TrainingError, match=sentence):
             train(plain)
     goes_on(whole, plain)

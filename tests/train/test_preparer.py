@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from granvit.data.record import Record, Region
+from granvit.data.sources import Shards, Shown
 from granvit.data.tasks import TaskSampler, Templates
 from granvit.geometry import BoxTransform
 from granvit.model.packing import Sample, pack
 from granvit.model.prompts import Prompts, add_special_tokens
-from granvit.train.data import Preparer, ShardSource
+from granvit.train.data import Preparer
 from tests.model.support import byte_level
 from tests.train.pictures import CAPTIONS, COLORS, SIZES, TASKS, Numbered, shards
 
@@ -38,7 +40,7 @@ def painted(pixels: Tensor, color: tuple[int, int, int]) -> tuple[float, float, 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_boxes_are_where_the_letterboxed_frame_shows_them(tmp_path: Path, flip: float) -> None:
-    source = ShardSource(shards(tmp_path, SIZES))
+    source = Shards(shards(tmp_path, SIZES))
     side = 96
     prepare = Preparer(TaskSampler({"bbox_to_caption": 1}, regions=3), side, flip=flip)
     for i, (width, height) in enumerate(SIZES):
@@ -60,7 +62,7 @@ def test_boxes_are_where_the_letterboxed_frame_shows_them(tmp_path: Path, flip: 
 
 
 def test_mirroring_exchanges_left_and_right_of_pixels_and_boxes(tmp_path: Path) -> None:
-    source = ShardSource(shards(tmp_path, SIZES))
+    source = Shards(shards(tmp_path, SIZES))
     for i in range(len(SIZES)):
         plain, mirrored = (Preparer(TaskSampler(TASKS), 64, flip=flip)(source, i, 0) for flip in (0.0, 1.0))
         # A window of half a pixel may be cut on the other side: pixels agree up to that.
@@ -71,7 +73,7 @@ def test_mirroring_exchanges_left_and_right_of_pixels_and_boxes(tmp_path: Path) 
 
 
 def test_text_is_never_mirrored(tmp_path: Path) -> None:
-    source = ShardSource(shards(tmp_path, SIZES, kind="ocr"))
+    source = Shards(shards(tmp_path, SIZES, kind="ocr"))
     for i in range(len(SIZES)):
         plain, mirrored = (
             Preparer(TaskSampler(TASKS), 64, "mixed", flip=flip, seed=4)(source, i, 1) for flip in (0.0, 1.0)
@@ -95,12 +97,17 @@ def test_a_region_that_is_mostly_out_of_the_frame_is_left_out() -> None:
         def __len__(self) -> int:
             return 1
 
-        def read(self, i: int, size: int, flip: bool, tiles: int) -> tuple[Record, Tensor, BoxTransform]:
+        name, asks = "half", False
+
+        def identity(self) -> dict[str, Any]:
+            return {"half": 1}
+
+        def read(self, i: int, size: int, *, flip: bool = False, tiles: int = 0) -> Shown:
             boxes = [(0.0, 0.0, 0.4, 1.0), (0.3, 0.0, 0.56, 0.5), (0.1, 0.25, 0.7, 0.75), (0.6, 0.5, 0.8, 1.0)]
             regions = tuple(Region(box, name) for box, name in zip(boxes, CAPTIONS, strict=False))
             pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
             record = Record("half", 2 * size, size, "test", "natural", None, regions)
-            return record, pixels, BoxTransform.crop((size, 2 * size), (size, 0, 2 * size, size))
+            return Shown(record, pixels, BoxTransform.crop((size, 2 * size), (size, 0, 2 * size, size)))
 
     sample = Preparer(TaskSampler({"bbox_to_caption": 1}), 64)(Half(), 0, 0)
     boxes = {pair.answer: sample.boxes[pair.region].tolist() for pair in sample.pairs if pair.region is not None}
@@ -174,7 +181,7 @@ def test_the_same_seed_and_epoch_give_the_same_sample() -> None:
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_tiles_come_behind_the_overview_and_boxes_stay_on_it(tmp_path: Path, flip: float) -> None:
-    source = ShardSource(shards(tmp_path, SIZES))
+    source = Shards(shards(tmp_path, SIZES))
     side = 64
     plain, tiled = (Preparer(TaskSampler(TASKS), side, "region", flip, tiles=tiles) for tiles in (0, 6))
     frames = []

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 pytest.importorskip("ijson")
 
 from granvit.data.conversations import Conversations
+from granvit.data.mixing import Mixture
 from granvit.data.tasks import TaskSampler
 from granvit.errors import UserError
 from granvit.model import checkpoint
@@ -129,23 +134,20 @@ def test_frames_of_a_step_are_those_of_its_images(tmp_path: Path, prompts: Promp
             assert sorted(loaded.batch.pixels.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
 
 
-def test_a_broken_entry_stops_the_run_or_is_left_out_as_a_broken_sample_is(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_broken_entry_is_named_and_left_out_or_ends_the_run(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     path = tmp_path / "chat.json"
     entries = json.loads(path.read_text())
     entries[7]["conversations"][1]["from"] = "system"
     path.write_text(json.dumps(entries))
     sentence = r"chat\.json: \[7\]: conversations\[1\]: from: expected human or gpt, got 'system'"
-    with pytest.raises(UserError, match=sentence):
-        run(recipe)
-    source = Conversations(path, tmp_path / "images")
-    prepare = Preparer(TaskSampler({"bbox_to_caption": 1}), SIZE)
-    options: dict[str, Any] = {"tokens_per_frame": 16, "max_length": 400, "micro_batch": 20, "length": 20}
-    loaded = TrainingData([source], None, prepare, prompts, skip_broken=True, **options).load(0)
-    assert loaded.images == 19
-    (skipped,) = loaded.skipped
-    assert skipped.sample == 7
-    assert re.search(sentence, skipped.reason)
+    said = io.StringIO()
+    assert run(recipe, console=Console(file=said, width=400)) == 0
+    assert len(re.findall(f"left out: .*{sentence}", said.getvalue())) == 1  # of two epochs
+    assert sum(line.get("skipped", 0) for line in metrics(tmp_path / "out")) == 2
+    strict = replace(recipe, data=replace(recipe.data, max_broken=0.0), output=str(tmp_path / "strict"))
+    with pytest.raises(UserError, match=rf"data: 1 of [12]0 samples cannot be read, .*{sentence}"):
+        run(strict)
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
@@ -158,6 +160,33 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_trained(tmp_path
         with pytest.raises(UserError, match=message):
             run(small(tmp_path, more), overwrite=True)
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_steps_of_text_alone_are_no_sign_of_a_part_that_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order, the tower is judged when it has seen an image; where it never does, that is said."""
+    recipe = small(tmp_path, "stages.sft.batch_size=1", "stages.sft.micro_batch=1", "data.workers=0", "data.heldout=[]")
+    assert "vision" in recipe.stages[0].train
+    path = tmp_path / "chat.json"
+    entries = json.loads(path.read_text())
+    alone = [entry for entry in entries if "image" not in entry]
+    path.write_text(json.dumps(alone + entries[1:2]))
+    monkeypatch.setattr(Mixture, "positions", in_order)
+    assert run(recipe) == 0
+    lines = metrics(tmp_path / "out")
+    assert len(lines) == 2 * (len(alone) + 1)
+    path.write_text(json.dumps(alone))
+    sentence = (
+        f"vision, projector should train in stage sft, and in {2 * len(alone)} steps the data held nothing to learn"
+    )
+    with pytest.raises(UserError, match=sentence):
+        run(recipe, overwrite=True)
+
+
+def in_order(self: Mixture, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one source, the samples as they are numbered."""
+    return np.zeros(end - begin, np.int64), np.arange(begin, end)
 
 
 def test_two_processes_with_text_alone_train_as_one(tmp_path: Path) -> None:

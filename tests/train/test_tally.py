@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from granvit.train.data import Loaded, Skipped
+from granvit.train.data import Loaded
 from granvit.train.tally import Tally
 
 
@@ -20,7 +20,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def three_steps(tally: Tally, clock: list[float]) -> None:
     for _ in range(3):
-        tally.add(Loaded(None, 4, [Skipped(0, 1, "broken")]), 5e12)
+        tally.add(Loaded(None, 4), 5e12)
+        tally.add_skipped(1)
         clock[0] += 2
         tally.add_step()
 

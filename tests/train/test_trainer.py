@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from granvit.nn import RegionAttentionPool
 from granvit.train.objective import Objective
 from granvit.train.teacher import Teacher
 from granvit.train.trainer import StageTrainer, TrainingError
@@ -102,6 +103,17 @@ def test_a_step_is_adamw_on_the_mean_gradient_and_then_the_teacher(
             torch.testing.assert_close(after[twin].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_the_rate_of_the_log_is_that_of_the_stage(tmp_path: Path) -> None:
+    """Of the step that the line is about, whatever the first of the parts has."""
+    first = stage1(steps=4, warmup=2, schedule="linear", learning_rate=1e-3, rates={"vision": 1e-2})
+    train(tree(tmp_path, first))
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    for line, share in zip(lines, (0, 0.5, 1, 0.5), strict=True):
+        assert line["learning_rate"] == pytest.approx(1e-3 * share)
+        assert line["learning_rate/vision"] == pytest.approx(1e-2 * share)
+        assert line["learning_rate/prompts"] == pytest.approx(1e-3 * share)
+
+
 def test_teacher_moves_once_a_step_with_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     update = Teacher.update
@@ -124,11 +136,21 @@ def test_a_frozen_part_with_a_gradient_is_one_sentence(tmp_path: Path, monkeypat
 
 
 def test_a_trained_part_without_a_gradient_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The region head is cut off: its questions are never drawn."""
+    """The region head is cut off."""
+    pool = RegionAttentionPool.forward
+    monkeypatch.setattr(RegionAttentionPool, "forward", lambda self, *args: pool(self, *args) * 0)
     with pytest.raises(
-        TrainingError, match="prompts should train in stage first and got no gradient in its first step"
+        TrainingError, match="^prompts should train in stage first and got no gradient in the first step with something"
     ):
-        train(tree(tmp_path, stage1(steps=1, prompt="region", tasks={"caption_to_bbox": 1, "bbox_to_caption": 1e-9})))
+        train(tree(tmp_path, stage1(steps=1, prompt="region", tasks={"bbox_to_caption": 1})))
+
+
+def test_a_part_that_has_nothing_to_learn_from_is_one_sentence(tmp_path: Path) -> None:
+    """What the region head is for is never drawn."""
+    with pytest.raises(
+        TrainingError, match="^prompts should train in stage first, and in 2 steps the data held nothing to learn from"
+    ):
+        train(tree(tmp_path, stage1(steps=2, prompt="region", tasks={"caption_to_bbox": 1, "bbox_to_caption": 1e-9})))
 
 
 def test_a_term_that_vanishes_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +183,8 @@ def test_contrastive_stage(tmp_path: Path) -> None:
         regions = 3 * 12 if "loss" in line else 15  # of three steps, of all held-out images
         assert 0 <= accuracy <= 1
         assert accuracy * regions == pytest.approx(round(accuracy * regions), abs=1e-4)
-        assert line.get("loss") == line.get("contrastive")
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(line["contrastive"] + line["alignment"])
 
 
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
