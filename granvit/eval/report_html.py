@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granvit.data.sources import Shown
 from granvit.eval.cases import outcome
 from granvit.eval.metrics import Box
 from granvit.eval.scores import Answer, score
-from granvit.eval.sources import Shown
 from granvit.geometry import BoxTransform
 
 SIDE = 320  # of the pictures of cases, at most

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from granvit.data.sources import Source
 from granvit.errors import UserError
 from granvit.eval.answers import read_answers, read_evaluation
 from granvit.eval.scores import Answer
-from granvit.eval.sources import Source, of_identity
+from granvit.eval.sources import of_identity
 from granvit.recipe import Recipe, load
 from granvit.train.checkpoints import MODEL, RESOLVED
 from granvit.train.log import METRICS, read_metrics
