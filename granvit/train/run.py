@@ -22,7 +22,6 @@ from granvit.errors import UserError
 from granvit.model import checkpoint
 from granvit.model.assemble import Assembled, assemble, attention_of, freeze, swap_language
 from granvit.model.granvit import GranViT
-from granvit.model.packing import Sample
 from granvit.model.prompts import Prompts
 from granvit.model.tower import blocks_of, grid_of
 from granvit.recipe import DataSource, Model, Recipe, Stage, load
@@ -307,14 +306,6 @@ def _preparer(recipe: Recipe, stage: Stage, seed: int, flip: float) -> Preparer:
     weights = weights if any(weights.values()) else {"bbox_to_caption": 1.0}
     sampler = TaskSampler(weights, regions=stage.regions, seed=seed, style=stage.style)
     return Preparer(sampler, recipe.model.image_size, stage.prompt, flip, seed, recipe.data.tiles)
-
-
-def heldout_samples(recipe: Recipe, stage: Stage, count: int) -> list[Sample]:
-    """The first held-out images of a recipe with the questions of a stage; fewer than `count` where there are fewer."""
-    prepare = _preparer(recipe, stage, recipe.seed + 1, 0.0)
-    sources = list(_opened(recipe.data.heldout, recipe.model.image_size))
-    places = [(source, i) for source in sources for i in range(len(source))]
-    return [prepare(source, i, 0) for source, i in places[:count]]
 
 
 def _opened(sources: tuple[DataSource, ...], size: int) -> Iterator[Source | Conversations]:
