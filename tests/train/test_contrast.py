@@ -125,7 +125,8 @@ def test_accuracy_is_the_share_of_regions_nearest_to_their_words(prompts: Prompt
     texts = {}
     for row, caption in captions.items():
         encoded = prompts.encode([("what", caption)])[0]
-        texts[row] = table[torch.tensor(encoded.ids[encoded.start : encoded.stop - 1])].mean(0)
+        ((start, stop),) = encoded.spans
+        texts[row] = table[torch.tensor(encoded.ids[start : stop - 1])].mean(0)
     centre = sum(texts.values()) / len(texts)
     hits = 0
     for row in captions:
