@@ -185,3 +185,19 @@ def _section(value: Any, kind: Any, key: str) -> Any:
         return kind(**given)
     except RecipeError as error:
         raise error.under(key) from None
+
+
+def at_least(section: object, low: float, *keys: str) -> None:
+    """Refuses values of a section that are not finite or below `low`; None is left alone."""
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not low <= value < float("inf"):
+            raise RecipeError(key, f"expected a finite number of at least {low:g}, got {value}")
+
+
+def above(section: object, low: float, *keys: str) -> None:
+    """Refuses values of a section that are not finite, or `low` or below; None is left alone."""
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not low < value < float("inf"):
+            raise RecipeError(key, f"expected a finite number above {low:g}, got {value}")

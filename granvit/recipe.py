@@ -11,27 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from granvit._recipe_reading import RecipeError, apply_overrides, convert, dump_yaml, load_yaml
+from granvit._recipe_reading import RecipeError, above, apply_overrides, at_least, convert, dump_yaml, load_yaml
 from granvit.data.tasks import TASKS
 from granvit.errors import UserError
 
 MAX_BROKEN = 0.01  # of the samples, where nobody says how many
 PARTS = ("vision", "projector", "language", "prompts")
 Prompt = Literal["text", "box", "region", "mixed"]
-
-
-def _at_least(section: object, low: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        if value is not None and not low <= value < float("inf"):
-            raise RecipeError(key, f"expected a finite number of at least {low:g}, got {value}")
-
-
-def _above(section: object, low: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        if value is not None and not low < value < float("inf"):
-            raise RecipeError(key, f"expected a finite number above {low:g}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +73,7 @@ class Model:
     attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "image_size")
+        at_least(self, 1, "image_size")
         for key in ("gguf_file", "tokenizer"):
             if getattr(self.vision, key) is not None:
                 raise RecipeError(f"vision.{key}", "expected none for a vision model")
@@ -118,7 +104,7 @@ class Scenes:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "count")
+        at_least(self, 1, "count")
 
 
 @dataclass(frozen=True)
@@ -145,7 +131,7 @@ class DataSource:
             raise RecipeError("", f"expected one of scenes, shards and llava, got {' and '.join(given) or 'none'}")
         if (self.llava is None) != (self.images is None):
             raise RecipeError("images", "expected the folder of images beside llava, and only there")
-        _above(self, 0, "weight")
+        above(self, 0, "weight")
 
 
 @dataclass(frozen=True)
@@ -174,8 +160,8 @@ class Data:
     def __post_init__(self) -> None:
         if not self.train:
             raise RecipeError("train", "expected at least one source, got none")
-        _at_least(self, 1, "max_length")
-        _at_least(self, 0, "workers", "flip", "tiles", "max_broken")
+        at_least(self, 1, "max_length")
+        at_least(self, 0, "workers", "flip", "tiles", "max_broken")
         if self.max_broken >= 1:
             raise RecipeError("max_broken", f"expected a share of less than 1, got {self.max_broken}")
         if self.flip > 1:
@@ -205,7 +191,7 @@ class Distillation:
     loss: Literal["mse", "cosine"] = "mse"
 
     def __post_init__(self) -> None:
-        _above(self, 0, "weight")
+        above(self, 0, "weight")
         if not 0 <= self.decay < 1:
             raise RecipeError("decay", f"expected at least 0 and less than 1, got {self.decay}")
 
@@ -271,9 +257,9 @@ class Stage:
     wrong_image: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size", "micro_batch", "eval_every", "save_every", "log_every")
-        _at_least(self, 0, "regions", "warmup", "weight_decay")
-        _above(self, 0, "epochs", "learning_rate", "max_grad_norm")
+        at_least(self, 1, "steps", "batch_size", "micro_batch", "eval_every", "save_every", "log_every")
+        at_least(self, 0, "regions", "warmup", "weight_decay")
+        above(self, 0, "epochs", "learning_rate", "max_grad_norm")
         if (self.steps is None) == (self.epochs is None):
             raise RecipeError("steps", "expected either steps or epochs")
         if self.steps is not None and self.warmup >= max(self.steps, 1 + 1e-9):
@@ -341,7 +327,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise RecipeError("stages", "expected at least one, got none")
-        _at_least(self, 0, "seed")
+        at_least(self, 0, "seed")
         has = {"text", "box", "region", "mixed"} if self.model.prompt == "mixed" else {"text", self.model.prompt}
         names: set[str] = set()
         for i, stage in enumerate(self.stages):

@@ -178,7 +178,7 @@ def _answer(
             if read and chunk not in file:
                 seen_images = own_images
                 if settings.wrong_image:
-                    following = [*own[begin + width :], *own[: begin + width]]
+                    following = [i for i in (*own[begin + width :], *own[: begin + width]) if i != [*read][-1]]
                     seen_images = [*own_images[1:], _first(source, following, loaded.image_size, settings.tiles)]
                 about = zip(read, own_images, seen_images, asked, strict=True)
                 file.append(_chunk(model, prompts, chunk, source.name, list(about), settings))
@@ -203,7 +203,10 @@ def _read(source: Source, numbers: Sequence[int], size: int, tiles: int) -> tupl
 
 def _first(source: Source, numbers: Sequence[int], size: int, tiles: int) -> Shown:
     """The first image that can be read."""
-    return next(image for i in numbers for image in _read(source, [i], size, tiles)[0].values())
+    found = next((image for i in numbers for image in _read(source, [i], size, tiles)[0].values()), None)
+    if found is None:
+        raise SettingsError(f"{source.name}: expected two images that can be read, to show the wrong one of, got one")
+    return found
 
 
 def _check_prompt(model: GranViT, prompt: str) -> None:

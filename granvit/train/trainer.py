@@ -29,14 +29,14 @@ from granvit.train.checkpoints import (
     rotate,
 )
 from granvit.train.data import Loaded, TrainingData
-from granvit.train.evaluation import ACCURACY, heldout_losses, look_again, of_all_ranks
+from granvit.train.evaluation import heldout_losses, look_again, of_all_ranks
 from granvit.train.hooks import Loader, Steps
 from granvit.train.log import RunLog
-from granvit.train.meters import TERMS, Meters
 from granvit.train.objective import Counts, Losses, Micro, Objective
 from granvit.train.parts import GradientCheck, TrainingError, food, optimizer_groups
 from granvit.train.stopping import Stop
 from granvit.train.tally import Tally
+from granvit.train.window import Window
 
 _KEPT = 2  # checkpoints of a stage
 _PATIENCE = 100  # steps within which each part that trains should have had something to learn from
@@ -95,11 +95,10 @@ class StageTrainer(Trainer):
             )
         self.remove_callback(PrinterCallback)  # the run's own log says it
         self.model_accepts_loss_kwargs = True  # so that nothing is divided by the number of micro-batches
-        self._meters = Meters(args.device)
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
-        self._terms: dict[str, Tensor] = {}
         self._last: Micro | None = None
         self._tally = Tally(args.device, args.world_size, peak)
+        self._window = Window(stage, args.device, self._tally)
         self._resumed: Path | None = None
         self._fed: set[str] = set()
         self._group_parts: list[str] = []
@@ -229,12 +228,7 @@ class StageTrainer(Trainer):
         """The micro-batch's share of the step's loss, times the number of ranks, whose gradients are averaged."""
         self._last = inputs
         losses: Losses = model(inputs, num_items_in_batch)
-        found = {name: getattr(losses, name) for name in TERMS}
-        for name, term in (found | {ACCURACY: losses.accuracy}).items():
-            if term is not None:
-                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term
-        if losses.output is not None:
-            self._meters.add_answers(losses.output.token_loss, losses.output.token_pair, inputs.batch.pairs)
+        self._window.add(losses, inputs.batch)
         total = losses.total * self.args.world_size
         return (total, losses) if return_outputs else total
 
@@ -294,64 +288,31 @@ class StageTrainer(Trainer):
 
     def _line(self, logs: dict[str, float]) -> dict[str, float]:
         rates = self._tally.rates()
-        terms = {name: self._sum(term) / self._tally.steps for name, term in self._terms.items()}
-        self._check_terms(terms)
-        line = {"loss": sum(self._weight(name) * value for name, value in terms.items() if name != ACCURACY)}
-        line |= terms | self._learning_rates | {name: logs[name] for name in ("grad_norm",) if name in logs}
-        line |= {f"by/{name}": value for name, value in self._meters.means().items() if "/" in name}
+        losses = self._window.losses(self.accelerator.reduce if self.args.world_size > 1 else lambda term: term)
+        fault = self._window.fault(losses)
+        if fault:
+            raise TrainingError(f"step {self.state.global_step}: {fault}. {self.left()}")
+        line = losses | self._learning_rates | {name: logs[name] for name in ("grad_norm",) if name in logs}
         if self._last is not None and not self.objective.contrastive:
             line |= look_again(self.model_wrapped, self._last, self.args.device, wrong_image=self.stage.wrong_image)
         line |= rates
-        self._restart()
+        self._window.restart()
         return line
-
-    def _weight(self, term: str) -> float:
-        distillation = self.stage.distillation
-        return distillation.weight if term == "distillation" and distillation is not None else 1.0
-
-    def _sum(self, term: Tensor) -> float:
-        """Over the ranks, whose shares add up."""
-        total = term.detach().float()
-        return float(self.accelerator.reduce(total) if self.args.world_size > 1 else total)
-
-    def _check_terms(self, terms: dict[str, float]) -> None:
-        wanted_images = self._tally.steps * self.stage.batch_size
-        if self._tally.skipped == wanted_images:
-            raise TrainingError(
-                f"step {self.state.global_step}: none of the {wanted_images} samples since the last line of the log "
-                f"could be read. {self.left()}"
-            )
-        wanted = ["contrastive"] if self.objective.contrastive else ["caption"]
-        wanted += ["distillation"] if self.stage.distillation is not None else []
-        gone = [name for name in wanted if not terms.get(name)]
-        if gone:
-            raise TrainingError(
-                f"step {self.state.global_step}: the loss term {' and '.join(gone)} was 0 since the last line of the "
-                "log; the data may hold no regions or captions that the stage can use"
-            )
 
     def begin(self) -> None:
         """Begins to count for the next line, or goes on where the checkpoint was written between two."""
         # A run that goes on may have few steps left, and those before are not known.
         patience = None if self._resumed else min(_PATIENCE, self.state.max_steps)
         self._gradients = GradientCheck(self.objective, self.stage, self.args.device, patience)
-        self._restart()
+        self._window.restart()
         path = self._resumed and self._resumed / WINDOW.format(rank=self.args.process_index)
         if path is not None and path.exists():  # not where it was written by fewer processes
-            window = torch.load(path, map_location="cpu", weights_only=True)
-            self._terms = {name: term.to(self.args.device) for name, term in window["terms"].items()}
-            self._meters.load(window["meters"])
-            self._tally.load(window["tally"])
+            self._window.load(torch.load(path, map_location="cpu", weights_only=True))
         # Of all ranks, and the same for each; there is always a first.
         first = self._resumed and self._resumed / WINDOW.format(rank=0)
         if first is not None:
             counts = torch.load(first, map_location="cpu", weights_only=True)
             self._broken.wanted, self._broken.count = counts["wanted"], counts["broken"]
-
-    def _restart(self) -> None:
-        self._terms.clear()
-        self._meters.reset()
-        self._tally.restart()
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -383,13 +344,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite()
         folder = checkpoint_folder(Path(str(self.args.output_dir)), self.state.global_step)
-        window = {
-            "terms": self._terms,
-            "meters": self._meters.state(),
-            "tally": self._tally.state(),
-            "wanted": self._broken.wanted,
-            "broken": self._broken.count,
-        }
+        window = self._window.state() | {"wanted": self._broken.wanted, "broken": self._broken.count}
         with self._tally.pause():
             try:
                 super()._save_checkpoint(model, trial)

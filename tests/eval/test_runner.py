@@ -190,6 +190,15 @@ def test_an_image_that_cannot_be_read_is_left_out_said_and_counted(
         evaluate(model, [source], settings, tmp_path / "strict", max_broken=0.002)
 
 
+def test_an_image_is_not_the_wrong_one_of_itself(model: Path, tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "files", 4)
+    for i in (0, 2, 3):
+        (path.parent / f"{i}.png").write_bytes(b"no image")
+    settings = Settings(batch_size=2, wrong_image=True)
+    with pytest.raises(UserError, match="expected two images that can be read, to show the wrong one of, got one"):
+        evaluate(model, [Questions(path, path.parent)], settings, tmp_path / "out")
+
+
 def test_images_are_shown_with_their_tiles(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_questions(tmp_path / "files", 3)
     for i, size in enumerate(((SIZE, SIZE), (2 * SIZE, SIZE), (2 * SIZE, 2 * SIZE))):

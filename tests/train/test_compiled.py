@@ -56,7 +56,6 @@ def test_compiled_layers_give_the_same_losses(tmp_path: Path, compiler: list[int
         plain["data"]["heldout"] = []
         train({**plain, "output": str(tmp_path / name)})
         assert bool(compiler[-1]) == compiled
-    assert settled(compiler[4:])
     ours, theirs = (metrics(tmp_path / name) for name in ("compiled", "plain"))
     assert len({line["by/caption/global_caption"] for line in theirs}) == 4
     for line, other in zip(ours, theirs, strict=True):
