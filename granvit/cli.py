@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -152,6 +153,9 @@ def _configure() -> None:
 
 def main() -> None:
     """Entry point: an error that a user can mend is one line on stderr, not a traceback."""
+    if not sys.stderr.isatty():  # where nobody watches them, the bars of transformers are litter
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except UserError as error:

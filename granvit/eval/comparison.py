@@ -137,19 +137,20 @@ def table(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
     towers = report["towers"]
-    made = Table("features", "probe")
+    made = Table("probe")
     for heading in ("by chance", *(tower["name"] for tower in towers)):
-        made.add_column(heading, justify="right", overflow="fold")
+        made.add_column(heading, justify="right", overflow="fold", min_width=9)  # an interval in one line
+    made.columns[0].no_wrap = True
     for pool in towers[0]["probes"]["regions"]:
+        made.add_row(f"[bold]{pool}[/]")
         for label, (kind, name) in _ROWS:
             values = [tower["probes"]["regions"][pool][kind] for tower in towers]
             chance = values[0].get("majority" if kind == "linear" else "chance") if name != "map" else None
-            made.add_row(pool, label, _number(chance), *(_cell(value, name) for value in values))
+            made.add_row(label, _number(chance), *(_cell(value, name) for value in values))
+    made.add_row("[bold]whole image[/]")
     values = [tower["probes"]["images"] for tower in towers]
     cells = (_cell(value, "recall_at_1") for value in values)
-    made.add_row("whole image", "same image, recall@1", _number(values[0]["chance"]), *cells)
-    for column in made.columns[:3]:
-        column.no_wrap = True
+    made.add_row("same image, recall@1", _number(values[0]["chance"]), *cells)
     return made
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from granvit.data.conversations import Conversations
 from granvit.data.sources import Scenes, Shards, Source
@@ -71,16 +69,15 @@ def run(recipe: Recipe, *, overwrite: bool = False, console: Console | None = No
     )
     if _peak(recipe.model) is None:
         log.note("the log has tflops and no mfu: it is not known what this device reaches at best")
-    with _quiet_bars():
-        for number, stage in enumerate(recipe.stages):
-            finished = folder / stage.name / MODEL
-            if finished.exists():
-                log.note(f"{stage.name}: finished before, {finished}")
-                continue
-            signal = _train(recipe, number, folder, log)
-            if signal:
-                log.note(f"stopped by signal {signal}; the same command goes on from there")
-                return 128 + signal
+    for number, stage in enumerate(recipe.stages):
+        finished = folder / stage.name / MODEL
+        if finished.exists():
+            log.note(f"{stage.name}: finished before, {finished}")
+            continue
+        signal = _train(recipe, number, folder, log)
+        if signal:
+            log.note(f"stopped by signal {signal}; the same command goes on from there")
+            return 128 + signal
     return 0
 
 
@@ -90,17 +87,6 @@ def _peak(model: Model) -> float | None:
         return None
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return peak_flops(torch.cuda.get_device_name(), model.dtype, tf32=tf32)
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """Without the progress bars of transformers where nobody watches them: in a file they are litter."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    yield
-    if shown:
-        transformers_logging.enable_progress_bar()
 
 
 def _claim(recipe: Recipe, folder: Path, overwrite: bool) -> None:
