@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from granvit.annotate.interfaces import AnnotationError
-from granvit.errors import why_not_written
+from granvit.errors import first_difference, why_not_written
 
 JOURNAL = "journal.jsonl"
 FORMAT = "granvit annotation 1"
@@ -52,7 +52,7 @@ class Journal:
             found = self._scan()
             if self._offsets and found != settings:
                 raise JournalError(
-                    f"{self.path}: was made with other settings ({_difference(found, settings)}); "
+                    f"{self.path}: was made with other settings ({first_difference(found, settings)}); "
                     "take the same ones, or another folder"
                 )
             if not self._offsets:
@@ -156,12 +156,3 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    return f"{name}: {json.dumps(old)[:80]} there, {json.dumps(new)[:80]} now"

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from granvit.data.shards import write_atomically
-from granvit.errors import UserError, why_not_written
+from granvit.errors import UserError, first_difference, why_not_written
 from granvit.eval.scores import Answer
 
 ANSWERS, CONFIG, EVALUATION = "answers.jsonl", "config.json", "evaluation.json"
@@ -80,7 +80,7 @@ class AnswerFile:
             raise AnswerError(f"{path}: is no JSON; choose another folder, or --overwrite") from None
         if there != config:
             raise AnswerError(
-                f"{self.folder}: holds another evaluation ({_difference(there, config)}); "
+                f"{self.folder}: holds another evaluation ({first_difference(there, config)}); "
                 "choose another folder, or --overwrite"
             )
 
@@ -183,12 +183,3 @@ def write_evaluation(folder: str | Path, report: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(report, indent=1, ensure_ascii=False).encode())
     except OSError as error:
         raise AnswerError(f"{path}: {why_not_written(error)}") from error
-
-
-def _difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    return f"{name}: {json.dumps(old)[:80]} there, {json.dumps(new)[:80]} now"

@@ -59,15 +59,21 @@ def caption_rows(batch: PackedBatch, samples: Sequence[Sample]) -> dict[int, str
     return found
 
 
-def plain_contrast(objective: Objective, prompts: Prompts, regions: Tensor, captions: dict[int, str]) -> list[Tensor]:
-    """Pair by pair in float64: the sigmoid loss, and the distance."""
-    assert objective.contrast is not None
-    table = objective.model.llava.get_input_embeddings().weight.double()
-    texts = {}
+def mean_words(objective: Objective, prompts: Prompts, captions: dict[int, str]) -> dict[int, Tensor]:
+    """Of each caption, the mean embedding of its tokens, float64."""
+    table = objective.model.llava.get_input_embeddings().weight.detach().double()
+    found = {}
     for row, caption in captions.items():
         encoded = prompts.encode([("what", caption)])[0]
         ((start, stop),) = encoded.spans
-        texts[row] = table[torch.tensor(encoded.ids[start : stop - 1])].mean(0)
+        found[row] = table[torch.tensor(encoded.ids[start : stop - 1])].mean(0)
+    return found
+
+
+def plain_contrast(objective: Objective, prompts: Prompts, regions: Tensor, captions: dict[int, str]) -> list[Tensor]:
+    """Pair by pair in float64: the sigmoid loss, and the distance."""
+    assert objective.contrast is not None
+    texts = mean_words(objective, prompts, captions)
     centre = sum(texts.values()) / len(texts)
     scale, bias = objective.contrast.scale.double().exp(), objective.contrast.bias.double()
     total = torch.zeros((), dtype=torch.float64)
@@ -121,12 +127,7 @@ def test_accuracy_is_the_share_of_regions_nearest_to_their_words(prompts: Prompt
     captions = caption_rows(batch, samples)
     micro = objective.micro(batch)
     regions = objective.model.regions(batch).detach()
-    table = objective.model.llava.get_input_embeddings().weight.detach()
-    texts = {}
-    for row, caption in captions.items():
-        encoded = prompts.encode([("what", caption)])[0]
-        ((start, stop),) = encoded.spans
-        texts[row] = table[torch.tensor(encoded.ids[start : stop - 1])].mean(0)
+    texts = mean_words(objective, prompts, captions)
     centre = sum(texts.values()) / len(texts)
     hits = 0
     for row in captions:
