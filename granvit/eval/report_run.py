@@ -153,7 +153,8 @@ def parameters(run: Run) -> dict[str, int]:
         found: dict[str, int] = defaultdict(int)
         for path in sorted(run.model(stage.name).glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (a handle, which is no mapping)
+                names = file.keys()
+                for name in names:
                     part = next((_PARTS[key] for key in _PARTS if key in name), "prompts")
                     found[part] += math.prod(file.get_slice(name).get_shape())
         return dict(found)

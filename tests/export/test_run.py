@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,13 +134,14 @@ def test_no_region_head_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_wrong_options_are_one_sentence_each(run: Path, tmp_path: Path) -> None:
-    for options, text in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"to": "gguf"}, "--to: expected one of llava, vision, region-head, got 'gguf'"),
         ({"to": "llava", "timm": True}, "--timm: goes with --to vision"),
         ({"to": "llava", "dtype": "int8"}, "--dtype: expected one of float32, bfloat16, got 'int8'"),
-    ):
+    ]
+    for options, text in wrong:
         with pytest.raises(ExportError, match=text):
-            export(run, output=tmp_path / "out", **options)  # type: ignore[arg-type]
+            export(run, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -106,7 +106,9 @@ def test_it_is_saved_with_what_holds_it() -> None:
     one, other = (nn.ModuleDict({"teacher": Teacher(Tower(), 0.9)}) for _ in range(2))
     for _ in range(3):
         move(student)
-        one["teacher"].update(student)  # type: ignore[operator]
+        teacher = one["teacher"]
+        assert isinstance(teacher, Teacher)
+        teacher.update(student)
     other.load_state_dict(one.state_dict())
     expected = tensors(one)
     assert len(expected) == 8
