@@ -1,27 +1,19 @@
 """The modules under DDP and FSDP2: two processes with half a batch each make the gradients of one with all."""
 
 import os
-import socket
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.nn.support import KINDS, Harness, inputs
+from tests.ranks import WORLD, needs_gloo, on_two
 
-WORLD = 2
 IMAGES, PER_IMAGE = 4, 3
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def gradients(model, arguments):
@@ -30,7 +22,7 @@ def gradients(model, arguments):
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
 
 
-def worker(rank: int, wrap: str, port: int) -> None:
+def worker(rank: int, port: int, wrap: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
@@ -66,7 +58,7 @@ def check(kind: str, rank: int, wrap: str) -> None:
         )
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+@needs_gloo
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_two_processes_make_the_gradients_of_one(wrap):
-    mp.spawn(worker, args=(wrap, free_port()), nprocs=WORLD)
+    on_two(worker, wrap)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from granvit.train.checkpoints import last_checkpoint
+from tests.ranks import needs_gloo, on_two
 from tests.train.support import metrics, stage1, stage2, train, tree, weights
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
-)
+pytestmark = needs_gloo
 
 
-PATIENCE = 300  # seconds; they take a few
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])
-
-
-def worker(rank: int, plain: dict[str, Any], port: int, stop_after: int, shard_on_cpu: bool) -> None:
+def worker(rank: int, port: int, plain: dict[str, Any], stop_after: int, shard_on_cpu: bool) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
@@ -80,17 +66,8 @@ def _shard_on_cpu() -> None:
     AcceleratorState.__init__ = sharded
 
 
-def on_two(plain: dict[str, Any], stop_after: int = 0, *, shard_on_cpu: bool = True) -> None:
-    # Forked from a server that has imported everything, but has run nothing: imports take longer than these steps.
-    multiprocessing.set_forkserver_preload([__name__, "granvit.train.trainer"])
-    arguments = (plain, free_port(), stop_after, shard_on_cpu)
-    context = mp.start_processes(worker, args=arguments, nprocs=2, join=False, start_method="forkserver")
-    deadline = time.monotonic() + PATIENCE
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:  # ranks that wait for each other would wait for ever
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"two processes were not done after {PATIENCE} seconds")
+def train_on_two(plain: dict[str, Any], stop_after: int = 0, *, shard_on_cpu: bool = True) -> None:
+    on_two(worker, plain, stop_after, shard_on_cpu)
 
 
 def recipe(folder: Path, crops: str, **settings: Any) -> dict[str, Any]:
@@ -147,9 +124,9 @@ def test_two_processes_train_as_one(
     plain["stages"][0]["micro_batch"] = micro_batch
     first = tmp_path / "two" / "first"
     if stop_after:
-        on_two(plain, stop_after)
+        train_on_two(plain, stop_after)
         assert last_checkpoint(first) == first / f"checkpoint-{stop_after}"
-    on_two(plain)
+    train_on_two(plain)
     compare(tmp_path / "out", tmp_path / "two")
     assert (first / "checkpoint-3" / "pytorch_model_fsdp_0").exists() == (parallel == "fsdp2")
     ours, theirs = checkpoint(first), checkpoint(tmp_path / "out" / "first")
@@ -167,7 +144,7 @@ def test_two_shards_in_bfloat16_train_as_one(tmp_path: Path) -> None:
     train(plain)
     plain["output"] = str(tmp_path / "two")
     plain["stages"][0]["micro_batch"] = 1
-    on_two(plain)
+    train_on_two(plain)
     one, two = metrics(tmp_path / "out"), metrics(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for ours, theirs in zip(two, one, strict=True):
@@ -183,4 +160,4 @@ def test_two_shards_in_bfloat16_train_as_one(tmp_path: Path) -> None:
 
 def test_sharding_where_accelerate_does_none_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU"):
-        on_two(recipe(tmp_path, "resize", parallel="fsdp2"), shard_on_cpu=False)
+        train_on_two(recipe(tmp_path, "resize", parallel="fsdp2"), shard_on_cpu=False)
