@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -97,9 +98,18 @@ def train(
 
         print(planning.render(planning.plan(loaded, device_of(device), ranks)))
         return
+    from torch import distributed
+
     from granvit.train.run import run
 
-    raise typer.Exit(run(loaded, overwrite=overwrite))
+    status = run(loaded, overwrite=overwrite)
+    if distributed.is_available() and distributed.is_initialized():
+        # Left to Python's end, the threads of a group can abort a process whose run went well; they end with the last
+        # who holds the group, which may be a cycle. After an error the group stays: the other ranks still wait in it,
+        # for torchrun to end them.
+        gc.collect()
+        distributed.destroy_process_group()
+    raise typer.Exit(status)
 
 
 @app.command()

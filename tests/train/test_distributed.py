@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from granvit.train.checkpoints import last_checkpoint
-from tests.ranks import needs_gloo, on_two
-from tests.train.support import metrics, stage1, stage2, train, tree, weights
+from tests.ranks import PATIENCE, needs_gloo, on_two
+from tests.train.support import environment, metrics, stage1, stage2, train, tree, weights, write
 
 pytestmark = needs_gloo
 
@@ -161,3 +163,32 @@ def test_two_shards_in_bfloat16_train_as_one(tmp_path: Path) -> None:
 def test_sharding_where_accelerate_does_none_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="parallel: fsdp2 needs GPUs, since accelerate does not shard on the CPU"):
         train_on_two(recipe(tmp_path, "resize", parallel="fsdp2"), shard_on_cpu=False)
+
+
+ENTRY = """
+import atexit
+from pathlib import Path
+
+def count():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    print("gloo's threads at the end:", sum("gloo" in name for name in names), flush=True)
+
+atexit.register(count)
+from granvit.cli import main
+main()
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """The command of the README, from the start of its processes to their end."""
+    path = write(recipe(tmp_path, "resize"), tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    entry = tmp_path / "entry.py"
+    entry.write_text(ENTRY)
+    run = subprocess.run(
+        [*command, entry, "train", path], capture_output=True, text=True, env=environment(), timeout=PATIENCE
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "out" / "second" / "model").exists()
+    assert run.stdout.count("gloo's threads at the end: 0") == 2
+    assert run.stdout.count("first 3/3  loss") == 1  # by the first rank alone
