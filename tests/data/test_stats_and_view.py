@@ -209,17 +209,21 @@ const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("key
 const there = () => document.activeElement.getAttribute("aria-label");
 const stops = [...document.querySelectorAll("main [tabindex]")];
 const said = [`${stops.length} stops`];
-stops[0].focus(); said.push(there().replace(samples[0].key, "first"));
-press("Enter"); said.push(at("large").open, there().replace(samples[0].key, "first"));
-press("ArrowLeft"); said.push(there().replace(samples[0].key, "first"));
-press("ArrowRight"); said.push(there().replace(samples[1].key, "second"));
-at("large").querySelector("li").focus(); said.push(at("large").querySelectorAll("rect.lit").length);
-at("large").querySelector("figure").focus(); said.push(at("large").querySelectorAll("rect.lit").length);
-press(" "); said.push(at("large").open);
-at("large").addEventListener("close", () => {
-  said.push(there().replace(samples[1].key, "second"));
-  document.title = said.join("; ");
-});
+function go() {
+  stops[0].focus(); said.push(there().replace(samples[0].key, "first"));
+  press("Enter"); said.push(at("large").open, there().replace(samples[0].key, "first"));
+  press("ArrowLeft"); said.push(there().replace(samples[0].key, "first"));
+  press("ArrowRight"); said.push(there().replace(samples[1].key, "second"));
+  at("large").querySelector("li").focus(); said.push(at("large").querySelectorAll("rect.lit").length);
+  at("large").querySelector("figure").focus(); said.push(at("large").querySelectorAll("rect.lit").length);
+  press(" "); said.push(at("large").open);
+  at("large").addEventListener("close", () => {
+    said.push(there().replace(samples[1].key, "second"));
+    document.title = said.join("; ");
+  });
+}
+// A window hears of no focus inside it before it has it, which on a busy machine may be after this script.
+if (document.hasFocus()) go(); else addEventListener("focus", go, {once: true});
 """
 
 
