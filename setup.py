@@ -174,7 +174,8 @@ def build_core(folder: Path, output: Path) -> dict[str, object]:
         "-fno-math-errno",
         "-fno-trapping-math",
     ]
-    includes = [torch_folder / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    # pybind11 first: torch brings a copy of its own, which in 2.11 refuses to be read beside the stable ABI.
+    includes = [pybind11.get_include(), torch_folder / "include", sysconfig.get_paths()["include"]]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", *(f"-DGRANVIT_HAVE_{name.upper()}" for name in isas)]
 
     ninja = Ninja(folder)

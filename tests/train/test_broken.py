@@ -11,7 +11,7 @@ import torch
 from granvit.train.checkpoints import WINDOW
 from granvit.train.trainer import StageTrainer, TrainingError
 from tests.train.support import Tree, assert_same, metrics, stage1, stage2, train, tree, weights, write_shards
-from tests.train.test_distributed import compare, on_two
+from tests.train.test_distributed import compare, train_on_two
 
 BROKEN = (1, 8, 13)
 HELDOUT_BROKEN = (2,)
@@ -121,5 +121,5 @@ def test_a_rank_of_which_no_sample_can_be_read_takes_the_step_with_the_others(tm
     plain["output"] = str(tmp_path / "two")
     for stage in plain["stages"]:
         stage["micro_batch"] = 1
-    on_two(plain)
+    train_on_two(plain)
     compare(tmp_path / "out", tmp_path / "two")

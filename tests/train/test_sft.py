@@ -30,7 +30,7 @@ from granvit.train.data import Preparer, TrainingData
 from granvit.train.run import run
 from tests.model.support import byte_level, words
 from tests.train.support import SIZE, metrics, train, tree, weights
-from tests.train.test_distributed import _close, on_two
+from tests.train.test_distributed import _close, train_on_two
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft.yaml"
 SIZES = ((32, 32), (90, 70), (20, 15), (120, 30))  # width and height; of the second and the fourth there are tiles
@@ -210,7 +210,7 @@ def test_two_processes_with_text_alone_train_as_one(tmp_path: Path) -> None:
     plain["data"] |= {"train": [source], "heldout": [heldout], "tiles": 4}
     assert train(plain)[0] == 0
     plain["output"] = str(tmp_path / "two")
-    on_two(plain)
+    train_on_two(plain)
     one, two = ([line for line in metrics(tmp_path / name) if "loss" in line] for name in ("out", "two"))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-5)
     _close(weights(tmp_path / "two" / "chat" / "model"), weights(tmp_path / "out" / "chat" / "model"))
