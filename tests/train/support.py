@@ -33,17 +33,20 @@ Tree = dict[str, Any]
 
 
 def write_shards(folder: Path, images: int, *, seed: int | None = None, broken: Sequence[int] = ()) -> Path:
-    """Random images with three captioned regions each; some of them cut short."""
+    """Random images with three regions each, whose captions differ, so that each can be asked for; some cut short."""
     rng = random.Random(seed)
     with ShardWriter(folder, samples=7) as writer:
         for i in range(images):
             pixels = np.frombuffer(rng.randbytes(SIZE * SIZE * 3), np.uint8).reshape(SIZE, SIZE, 3)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
+            captions: set[str] = set()
+            while len(captions) < 3:
+                captions.add(words(rng))
             regions = []
-            for _ in range(3):
+            for caption in sorted(captions):
                 x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
-                regions.append(Region((x, y, x + rng.uniform(0.2, 0.5), y + rng.uniform(0.2, 0.5)), words(rng)))
+                regions.append(Region((x, y, x + rng.uniform(0.2, 0.5), y + rng.uniform(0.2, 0.5)), caption))
             record = Record(f"{i:06d}", SIZE, SIZE, "noise", "natural", words(rng), tuple(regions))
             writer.add(record, file.getvalue()[: 100 if i in broken else None], "png")
     return folder
