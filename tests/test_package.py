@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -108,12 +109,23 @@ def test_binaries_pass_torch_abi_audit(core: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_baseline_code_is_linked_before_wider_code(core: Path) -> None:
-    """What csrc/cpu/isa.h relies on: of an inline function in several objects, the oldest machine's is kept."""
+@pytest.fixture
+def ninja_file(core: Path) -> str:
     build = next((ROOT / "build").glob("ninja-*/core/build.ninja"), None)
     if build is None:
         pytest.skip("the package was not built in this checkout")
-    link = re.search(r"^build .*: link (.*)$", build.read_text(), re.MULTILINE)
+    return build.read_text()
+
+
+def test_pybind11_is_read_before_the_copy_in_torch(ninja_file: str) -> None:
+    """That of torch 2.11 refuses to be read beside the stable ABI."""
+    includes = re.findall(r"-isystem(\S+)", ninja_file)
+    assert includes.index(pybind11.get_include()) < includes.index(str(Path(torch.__file__).parent / "include"))
+
+
+def test_baseline_code_is_linked_before_wider_code(ninja_file: str) -> None:
+    """What csrc/cpu/isa.h relies on: of an inline function in several objects, the oldest machine's is kept."""
+    link = re.search(r"^build .*: link (.*)$", ninja_file, re.MULTILINE)
     assert link is not None
     widths = {"avx2": 1, "avx512": 2, "avx512bf16": 3}
     order = [widths.get(Path(name).name.split(".")[1], 0) for name in link[1].split()]
