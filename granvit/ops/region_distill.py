@@ -159,8 +159,10 @@ def _backward(ops: Any, ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[
     _dispatch.refuse_double_backward("region_distill_loss")
     if ctx.one_pass:
         (grad,) = ctx.saved_tensors
-        # loss.backward() passes 1: then the saved gradient is the answer and needs no other pass over memory.
-        unit = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad_loss) == 1.0
+        # loss.backward() passes 1: then the saved gradient is the answer and needs no other pass over memory. A traced
+        # gradient has no value to look at; while this is traced, torch 2.11 does not say that it compiles.
+        known = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        unit = known and float(grad_loss) == 1.0
         grad = (grad if unit else grad * grad_loss).to(ctx.dtype)
     else:
         student, teacher, boxes, image_index, grid_sizes, output_sizes = ctx.saved_tensors
