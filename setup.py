@@ -174,7 +174,7 @@ def build_core(folder: Path, output: Path) -> dict[str, object]:
         "-fno-math-errno",
         "-fno-trapping-math",
     ]
-    # pybind11 first: torch brings a copy of its own, which in 2.11 refuses to be read beside the stable ABI.
+    # pybind11 first: torch brings a copy of its own, which in 2.10 and 2.11 must not be read beside the stable ABI.
     includes = [pybind11.get_include(), torch_folder / "include", sysconfig.get_paths()["include"]]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", *(f"-DGRANVIT_HAVE_{name.upper()}" for name in isas)]
 
