@@ -178,7 +178,8 @@ def _answer(
             if read and chunk not in file:
                 seen_images = own_images
                 if settings.wrong_image:
-                    following = [i for i in (*own[begin + width :], *own[: begin + width]) if i != [*read][-1]]
+                    last = next(reversed(read))
+                    following = [i for i in (*own[begin + width :], *own[: begin + width]) if i != last]
                     seen_images = [*own_images[1:], _first(source, following, loaded.image_size, settings.tiles)]
                 about = zip(read, own_images, seen_images, asked, strict=True)
                 file.append(_chunk(model, prompts, chunk, source.name, list(about), settings))
