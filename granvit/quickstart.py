@@ -143,6 +143,7 @@ def _probe(recipe: Recipe, folder: Path, console: Console) -> None:
             heldout,
             settings,
             folder / EVALUATION,
+            max_broken=recipe.data.max_broken,
             progress=lambda name, done, total: tell(done, total),
         )
     console.print(table(report))

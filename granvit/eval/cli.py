@@ -179,6 +179,9 @@ def probe(
     images: Annotated[int, typer.Option(help="Of each held-out source.")] = 200,
     size: Annotated[int | None, typer.Option(help="Side of the frame in pixels; left out, each tower's own.")] = None,
     scene_size: Annotated[int, typer.Option(help="Side of scenes in pixels.")] = 256,
+    max_broken: Annotated[
+        float | None, typer.Option(help="Share of images that may be unreadable; left out, 0.01.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: _Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print probes.json in place of a table.")] = False,
@@ -193,6 +196,7 @@ def probe(
     from granvit.eval.comparison import ProbeSettings, compare
     from granvit.eval.comparison import table as probes_table
     from granvit.eval.opening import open_sources, open_tower
+    from granvit.recipe import MAX_BROKEN
 
     settings = ProbeSettings(train_images, images, seed, _device(device))
     train_sources, heldout_sources = (
@@ -207,10 +211,14 @@ def probe(
             heldout_sources,
             settings,
             out,
+            max_broken=MAX_BROKEN if max_broken is None else max_broken,
             progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+            note=lambda text: bar.console.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     if as_json:
         print(json.dumps(report, indent=1))
         return
     Console(width=None).print(probes_table(report))
+    if report["towers"][0]["not read"]:
+        print(f"not read: {report['towers'][0]['not read']} images")
     print(f"wrote {out}/probes.json")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granvit.data.shards import write_atomically
-from granvit.data.sources import Source
+from granvit.data.sources import Broken, Source
 from granvit.errors import UserError, why_not_written
 from granvit.eval.features import Tower, features
 from granvit.eval.probes import probe
 from granvit.eval.provenance import device_name, versions
 from granvit.eval.sources import chosen
+from granvit.recipe import MAX_BROKEN
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +66,9 @@ def compare(
     settings: ProbeSettings,
     folder: str | Path,
     *,
+    max_broken: float = MAX_BROKEN,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Probes towers one after the other on the same images and writes ``probes.json``.
 
@@ -75,11 +78,14 @@ def compare(
         heldout: whose regions and images are looked for.
         settings: how.
         folder: of the result, which is replaced.
+        max_broken: share of the images that may be unreadable, see :class:`granvit.data.sources.Broken`; they are left
+            out, and counted as ``not read``.
         progress: is told how far it is.
+        note: is told of each image that cannot be read.
 
     Returns:
-        What ``probes.json`` holds: for each tower its `name`, the `sha256` of its weights, its `size`, and `probes`,
-        see :func:`granvit.eval.probes.probe`.
+        What ``probes.json`` holds: for each tower its `name`, the `sha256` of its weights, its `size`, how many images
+        were `not read`, and `probes`, see :func:`granvit.eval.probes.probe`.
 
     Raises:
         UserError: what cannot be read, probed or written, in one sentence.
@@ -95,21 +101,29 @@ def compare(
             raise ProbeError(f"{name}: expected images with regions, got a file of questions")
     began = time.perf_counter()
     total = sum(len(numbers) for parts in splits.values() for _, numbers in parts)
-    found = []
+    found: list[dict[str, Any]] = []
     for make in towers:
         tower = make()
-        made, before = {}, 0
+        made, before, broken = {}, 0, Broken(max_broken)
         for name, parts in splits.items():
 
             def tell(done: int, before: int = before, name: str = tower.name) -> None:
                 if progress is not None:
                     progress(name, before + done, total)
 
-            made[name] = features(tower, parts, seed=settings.seed, device=settings.device, progress=tell)
+            made[name] = features(
+                tower,
+                parts,
+                broken=broken,
+                seed=settings.seed,
+                device=settings.device,
+                progress=tell,
+                note=None if found else note,  # other towers are shown the same images
+            )
             before += sum(len(numbers) for _, numbers in parts)
         result = probe(made["train"], made["heldout"])
         facts = {"name": tower.name, "sha256": tower.sha256(), "size": tower.size, "layer": tower.layer}
-        found.append({**facts, "probes": result})
+        found.append({**facts, "not read": broken.count, "probes": result})
     report = {
         "format": FORMAT,
         "towers": found,

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from granvit import geometry
-from granvit.data.sources import Shown, Source
+from granvit.data.sources import Broken, Shown, Source, SourceError
 from granvit.eval.metrics import normalised
+from granvit.eval.sources import readable
 from granvit.geometry import BoxTransform
 from granvit.model.tower import grid_of, normalise, patch_of, vision_tokens
 from granvit.ops import region_attention, roi_align
@@ -115,25 +116,41 @@ def features(
     tower: Tower,
     sources: Sequence[tuple[Source, Sequence[int]]],
     *,
+    broken: Broken,
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Features:
-    """Features of all regions that have a caption and an area, and of all images.
+    """Features of all regions that have a caption and an area, and of all images that can be read.
 
     Args:
         tower: whose; left on `device`, in evaluation mode.
         sources: and the numbers of their images.
+        broken: counts images that cannot be read.
         seed: of the views.
         device: to run on; features come back to the CPU.
         progress: is told how many images are done.
+        note: is told of each image that cannot be read.
+
+    Raises:
+        SourceError: fewer than two images can be read, or more are broken than may be.
     """
     module = tower.module.to(device).eval()
     found: dict[str, list[Tensor]] = {name: [] for name in (*POOLS, "image", "whole", "views")}
     names: list[str] = []
-    places = [(source, i) for source, numbers in sources for i in numbers]
-    for begin in range(0, len(places), _BATCH):
-        shown = [source.read(i, tower.size) for source, i in places[begin : begin + _BATCH]]
+    batches = [(source, own[i : i + _BATCH]) for source, own in sources for i in range(0, len(own), _BATCH)]
+    done = read = 0
+    for source, part in batches:
+        seen, reasons = readable(source, part, tower.size)
+        if note is not None:
+            for reason in reasons:
+                note(f"left out: {reason}")
+        broken.add(len(part), reasons)
+        done += len(part)
+        if not seen:
+            continue
+        shown = list(seen.values())
         boxes, index = [], []
         for row, image in enumerate(shown):
             kept = [region for region in image.record.regions if region.caption.strip() and region.area()]
@@ -149,15 +166,18 @@ def features(
         pooled = pool_regions(tokens, where, rows.to(device), grid, int(module.config.num_attention_heads))
         for name, values in pooled.items():
             found[name].append(values.float().cpu())
-        found["image"].append(rows + begin)
+        found["image"].append(rows + read)
         rngs = [random.Random(f"{seed} {image.record.key}") for image in shown]
         for name, pixels in (
             ("whole", [plain_view(image) for image in shown]),
             ("views", [changed_view(image, rng) for image, rng in zip(shown, rngs, strict=True)]),
         ):
             found[name].append(_whole(_tokens(tower, torch.stack(pixels), device)[0]))
+        read += len(shown)
         if progress is not None:
-            progress(begin + len(shown))
+            progress(done)
+    if read < 2:
+        raise SourceError(f"expected at least two images that can be read, got {read}")
     joined = {name: torch.cat(parts) for name, parts in found.items()}
     return Features({name: joined[name] for name in POOLS}, names, joined["image"], joined["whole"], joined["views"])
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from granvit.data.sources import Broken, Shown, Source
-from granvit.errors import MissingDependencyError, UserError
+from granvit.errors import UserError
 from granvit.eval.answers import AnswerFile, read_evaluation, write_evaluation
 from granvit.eval.metrics import rouge_scorer
 from granvit.eval.predict import predict
 from granvit.eval.provenance import device_name, versions
 from granvit.eval.questions import QUESTION, Asked, Asking, SettingsError, ask, back
 from granvit.eval.scores import Answer, summary
-from granvit.eval.sources import checksum, chosen
+from granvit.eval.sources import checksum, chosen, readable
 from granvit.model import checkpoint
 from granvit.model.granvit import GranViT
 from granvit.model.packing import Sample
@@ -168,7 +168,7 @@ def _answer(
         width = settings.batch_size if source.asks else max(1, settings.batch_size // 4)
         for begin in range(0, len(own), width):
             part = own[begin : begin + width]
-            read, reasons = _read(source, part, loaded.image_size, settings.tiles)
+            read, reasons = readable(source, part, loaded.image_size, settings.tiles)
             if note is not None:
                 for reason in reasons:
                     note(f"left out: {reason}")
@@ -189,22 +189,9 @@ def _answer(
     return skipped
 
 
-def _read(source: Source, numbers: Sequence[int], size: int, tiles: int) -> tuple[dict[int, Shown], list[str]]:
-    """The images that can be read, by number, and why the others cannot."""
-    found, reasons = {}, []
-    for i in numbers:
-        try:
-            found[i] = source.read(i, size, tiles=tiles)
-        except MissingDependencyError:
-            raise
-        except UserError as error:
-            reasons.append(str(error))
-    return found, reasons
-
-
 def _first(source: Source, numbers: Sequence[int], size: int, tiles: int) -> Shown:
     """The first image that can be read."""
-    found = next((image for i in numbers for image in _read(source, [i], size, tiles)[0].values()), None)
+    found = next((image for i in numbers for image in readable(source, [i], size, tiles)[0].values()), None)
     if found is None:
         raise SettingsError(f"{source.name}: expected two images that can be read, to show the wrong one of, got one")
     return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from granvit.data.shards import sha256
-from granvit.data.sources import Questions, Scenes, Shards, Source
+from granvit.data.sources import Questions, Scenes, Shards, Shown, Source
+from granvit.errors import MissingDependencyError, UserError
 
 
 def of_identity(plain: Mapping[str, Any]) -> Source:
@@ -35,6 +36,19 @@ def chosen(source: Source, count: int | None, seed: int) -> list[int]:
     if count is None or count >= len(everything):
         return list(everything)
     return sorted(random.Random(seed).sample(everything, count))
+
+
+def readable(source: Source, numbers: Sequence[int], size: int, tiles: int = 0) -> tuple[dict[int, Shown], list[str]]:
+    """The images that can be read, by number, and why each of the others cannot."""
+    found, reasons = {}, []
+    for i in numbers:
+        try:
+            found[i] = source.read(i, size, tiles=tiles)
+        except MissingDependencyError:
+            raise
+        except UserError as error:
+            reasons.append(str(error))
+    return found, reasons
 
 
 def checksum(folder: Path) -> str:

@@ -18,6 +18,7 @@ from granvit.recipe import load
 from tests.eval.support import save_model, write_shards
 from tests.model.support import SIZE
 from tests.train.support import stage1, stage2, train, tree, write
+from tests.train.support import write_shards as train_shards
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,18 @@ def test_probe_before_and_after(run: Path, tmp_path: Path) -> None:
     mine = open_tower(str(run / "recipe.yaml")).module.state_dict()
     assert mine.keys() == assembled.keys()
     assert all(mine[name].equal(assembled[name]) for name in mine)
+
+
+def test_probe_leaves_broken_images_out(run: Path, tmp_path: Path) -> None:
+    broken = train_shards(tmp_path / "broken", 6, broken=(2,))
+    places = ("--train", str(run / "shards"), "--heldout", str(broken), "--out", str(tmp_path))
+    typed = ["probe", str(run / "recipe.yaml"), str(run / "out"), *places]
+    result = CliRunner().invoke(app, typed, catch_exceptions=False)
+    assert result.stderr.count("left out: ") == 1  # for both towers
+    assert "not read: 1 images" in result.stdout
+    assert [tower["not read"] for tower in json.loads((tmp_path / "probes.json").read_text())["towers"]] == [1, 1]
+    refused = CliRunner().invoke(app, [*typed, "--max-broken", "0"])
+    assert "1 of 26 samples cannot be read, and max_broken allows 0 " in str(refused.exception)
 
 
 def test_probe_of_scenes_knows_their_names(run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from granvit.data.images import frames
 from granvit.data.record import Record
-from granvit.data.sources import Scenes, Shards, Shown
+from granvit.data.sources import Broken, Scenes, Shards, Shown, SourceError
 from granvit.eval.features import Tower, changed_view, features, plain_view, pool_regions
 from granvit.eval.metrics import normalised
 from tests.eval.support import noise, write_shards
@@ -62,7 +62,7 @@ def test_features_are_those_of_the_stock_tower(tmp_path: Path) -> None:
     own, source = tower(), Shards(write_shards(tmp_path / "shards", 20))
     told: list[int] = []
     numbers = [0, 3, *range(5, 20)]  # more than a batch
-    found = features(own, [(source, numbers)], seed=2, progress=told.append)
+    found = features(own, [(source, numbers)], seed=2, broken=Broken(0.0), progress=told.append)
     assert told == [16, 17]
     shown = [source.read(i, 32) for i in numbers]
     assert found.names == [normalised(region.caption) for x in shown for region in x.record.regions]
@@ -84,16 +84,41 @@ def test_features_are_those_of_the_stock_tower(tmp_path: Path) -> None:
             for name, values in pooled.items():
                 mine = found.regions[name][found.image == i]
                 torch.testing.assert_close(mine, values, atol=1e-4, rtol=1e-4)
-    again = features(own, [(source, numbers)], seed=2)
+    again = features(own, [(source, numbers)], seed=2, broken=Broken(0.0))
     assert again.views.equal(found.views)
-    assert not features(own, [(source, numbers)], seed=3).views.equal(found.views)
-    with_others = features(own, [(source, [3]), (source, [5])], seed=2)
+    assert not features(own, [(source, numbers)], seed=3, broken=Broken(0.0)).views.equal(found.views)
+    with_others = features(own, [(source, [3]), (source, [5])], seed=2, broken=Broken(0.0))
     torch.testing.assert_close(with_others.views, found.views[1:3])
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    class Holed(Shards):
+        def read(self, i: int, size: int, *, flip: bool = False, tiles: int = 0) -> Shown:
+            if i in (1, 4, *range(16, 32)):
+                raise SourceError(f"image {i} is broken")
+            return super().read(i, size, flip=flip, tiles=tiles)
+
+    folder, own = write_shards(tmp_path / "shards", 40), tower()
+    left = [i for i in range(40) if i not in (1, 4, *range(16, 32))]
+    said: list[str] = []
+    told: list[int] = []
+    broken = Broken(0.1)
+    found = features(own, [(Holed(folder), range(40))], broken=broken, progress=told.append, note=said.append)
+    assert told == [16, 40]  # none of the second batch could be read
+    assert (broken.wanted, broken.count) == (40, 18)
+    assert said[:2] == ["left out: image 1 is broken", "left out: image 4 is broken"]
+    whole = features(own, [(Shards(folder), left)], broken=Broken(0.0))
+    assert (found.names, found.image.tolist()) == (whole.names, whole.image.tolist())
+    torch.testing.assert_close(found.views, whole.views)
+    with pytest.raises(SourceError, match="expected at least two images that can be read, got 1"):
+        features(own, [(Holed(folder), [0, 1, 4])], broken=Broken(0.1))
+    with pytest.raises(SourceError, match="2 of 3 samples cannot be read, and max_broken allows 0.001"):
+        features(own, [(Holed(folder), [0, 1, 4])], broken=Broken(0.001))
 
 
 def test_a_patch_that_does_not_divide_the_frame() -> None:
     own = tower(30, 8)  # the grid covers 24 of 30 pixels
-    found = features(own, [(Scenes(2, kind="natural", size=128), [0, 1])])
+    found = features(own, [(Scenes(2, kind="natural", size=128), [0, 1])], broken=Broken(0.0))
     assert found.regions["roi_align"].isfinite().all()
     assert found.regions["region_attention"].shape[1] == 16
 
@@ -106,7 +131,7 @@ def test_images_without_regions() -> None:
         def read(self, i: int, size: int, *, flip: bool = False, tiles: int = 0) -> Shown:
             return Shown(Record(f"{i}", 20, 20, "noise"), *frames(noise(random.Random(i), 20, 20), (size, size), 0))
 
-    found = features(tower(), [(Bare(), [0, 1])])
+    found = features(tower(), [(Bare(), [0, 1])], broken=Broken(0.0))
     assert found.regions["roi_align"].shape == (0, 16)
     assert (found.names, found.whole.shape) == ([], (2, 16))
 
